@@ -1,0 +1,367 @@
+"""Settings as frozen dataclasses, the model presets and the training recipes. Imports nothing heavy."""
+
+import re
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Literal
+
+from .errors import UserError
+
+Layout = Literal["packed", "documents"]
+Order = Literal["shuffled", "full-stops"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Architecture of a `Bert`. Sizes are in elements; `intermediate_size` is the width after the activation."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    intermediate_size: int
+    max_positions: int = 512
+    norm: Literal["pre", "post"] = "pre"
+    first_norm: bool = False
+    norm_bias: bool = False
+    norm_eps: float = 1e-5
+    linear_bias: bool = False
+    activation: Literal["gelu", "geglu"] = "geglu"
+    positions: Literal["learned", "sinusoidal", "rotary"] = "rotary"
+    rope_theta: float = 10_000.0
+    token_types: int = 0
+    head_transform: bool = True
+    decoder_bias: bool = False
+    initializer_range: float = 0.02
+
+    def __post_init__(self):
+        if self.hidden_size % self.num_heads:
+            raise UserError(f"hidden size {self.hidden_size} is not a multiple of {self.num_heads} heads")
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    def flops_per_token(self, predicted: float, mean_attended: float) -> float:
+        """Floating-point operations of forward + backward for one token, by definition: 6 per weight of every matrix
+        product, nothing for elementwise work. predicted: share of tokens that reach the vocabulary; mean_attended:
+        average number of tokens that a token attends to."""
+        C, inputs = self.hidden_size, 2 if self.activation == "geglu" else 1
+        layer = 4 * C * C + (inputs + 1) * C * self.intermediate_size
+        head = C * self.vocab_size + (C * C if self.head_transform else 0)
+        return 6 * (self.num_layers * (layer + 2 * C * mean_attended) + predicted * head)
+
+
+def _bert(layers: int, hidden: int) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=30_522,
+        hidden_size=hidden,
+        num_layers=layers,
+        num_heads=hidden // 64,
+        intermediate_size=4 * hidden,
+        norm="post",
+        norm_bias=True,
+        norm_eps=1e-12,
+        linear_bias=True,
+        activation="gelu",
+        positions="learned",
+        token_types=2,
+        decoder_bias=True,
+    )
+
+
+def _cramfast(layers: int, hidden: int, heads: int, vocab: int) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=vocab, hidden_size=hidden, num_layers=layers, num_heads=heads, intermediate_size=2 * hidden
+    )
+
+
+PRESETS: dict[str, ModelConfig] = {
+    "bert-base": _bert(12, 768),
+    "bert-large": _bert(24, 1024),
+    "bert-small": _bert(4, 512),
+    "bert-mini": _bert(4, 256),
+    "crammed-bert": replace(
+        _cramfast(16, 768, 12, 32_768),
+        first_norm=True,
+        norm_bias=True,
+        norm_eps=1e-12,
+        positions="sinusoidal",
+        head_transform=False,
+    ),
+    "cramfast-base": _cramfast(16, 768, 12, 32_768),
+    "cramfast-small": _cramfast(8, 512, 8, 32_768),
+    "cramfast-tiny": _cramfast(4, 192, 3, 8_192),
+}
+
+Preset = Literal[
+    "bert-base",
+    "bert-large",
+    "bert-small",
+    "bert-mini",
+    "crammed-bert",
+    "cramfast-base",
+    "cramfast-small",
+    "cramfast-tiny",
+]
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """What text is read, and how it becomes tokens. These settings, with the text, decide the token cache."""
+
+    data: tuple[str, ...] = ()
+    """Text files, folders, globs (plain, .gz, .xz, .zst), .jsonl, .parquet, or hf:NAME[/CONFIG][@SPLIT]. Nothing: the
+    English of the running Python's own documentation."""
+    heldout_data: tuple[str, ...] = ()
+    """Held-out text, given like --data. Nothing: documents split off --data by a hash of their text."""
+    heldout_fraction: float | None = None
+    """Share of the documents split off as held-out text. None: 0.01, of the built-in corpus 0.05."""
+    document_per: Literal["blank-line", "line"] = "blank-line"
+    """What ends a document in a text file."""
+    text_field: str = "text"
+    """Field that holds the text in .jsonl, .parquet and hf: data."""
+    lowercase: bool = True
+    """Lower-case the text."""
+    strip_accents: bool = True
+    """Remove accents."""
+    ascii_only: bool = True
+    """Remove characters outside ASCII."""
+    max_tokens_per_char: float | None = None
+    """Drop documents with at least this many tokens a character (the paper: 0.25). None: the recipe's."""
+    vocab_size: int | None = None
+    """WordPiece entries to train. None: the preset's."""
+    tokenizer: Path | None = None
+    """An existing tokenizer.json to use instead of training one."""
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """How tokens become batches."""
+
+    layout: Layout | None = None
+    """packed: slices of the stream of all documents; documents: pieces of one document each. None: the recipe's."""
+    order: Order | None = None
+    """shuffled, or full-stops: sequences with most full stops first (packed only). None: the recipe's."""
+    max_length: int = 128
+    """Longest sequence, in tokens."""
+    batch_size: int | None = None
+    """Sequences of --max-length (or their worth in tokens) per update. None: what suits recipe and budget."""
+    batch_ramp: float | None = None
+    """Share of the budget over which the batch grows linearly to --batch-size; 0: constant. None: the recipe's."""
+    microbatch_size: int | None = None
+    """Sequences per forward and backward pass. None: what suits the device; halved when memory runs out."""
+    mask_rate: float | None = None
+    """Share of the tokens predicted. None: the recipe's."""
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """How weights are updated. None: the recipe's value."""
+
+    lr: float | None = None
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """AdamW's first moment decay."""
+    beta2: float = 0.98
+    """AdamW's second moment decay."""
+    adam_eps: float = 1e-12
+    """AdamW's epsilon."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay, on matrices only."""
+    clip: float | None = None
+    """Largest global gradient norm."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where things go and how often; these never change the result of a run."""
+
+    out: Path | None = None
+    """Folder of the run. The same command with the same folder resumes. None: runs/PRESET-HASH, by the settings."""
+    cache: Path | None = None
+    """Folder for tokenised text. None: $CRAMFAST_CACHE or ~/.cache/cramfast."""
+    checkpoint_every: str = "10m"
+    """Time (30s, 10m, 1h) or number of updates (500steps) between checkpoints."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+    log_every: str = "1s"
+    """Time or number of updates between lines of metrics.jsonl."""
+
+
+@dataclass(frozen=True)
+class PretrainOptions:
+    """Pretrain an encoder on text within a budget."""
+
+    preset: Preset | None = None
+    """Model. None: cramfast-small on a GPU, cramfast-tiny on a CPU."""
+    recipe: Literal["cramfast", "cramming"] = "cramfast"
+    """cramfast: AdamW, 2 % warm-up, second half decaying, a batch that suits the budget. cramming: the paper's."""
+    budget: str | None = None
+    """24h, 10m, 90s, 5e9tokens or 2e17flops. None: 3m on a GPU, about a minute on a CPU."""
+    seed: int = 0
+    """Seed of weights, order and masks."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where to train."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Arithmetic of the matrix products. auto: bfloat16, float16 with loss scaling on older GPUs, float32 on a CPU."""
+    evals: int = 10
+    """Times the held-out loss is measured over the budget."""
+    text: TextOptions = field(default_factory=TextOptions)
+    batches: BatchOptions = field(default_factory=BatchOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What `--recipe` decides, for every flag left at None."""
+
+    schedule: Literal["trapezoid", "triangle"]
+    lr: float
+    clip: float
+    layout: Layout
+    order: Order
+    batch_size: int | None
+    batch_ramp: float
+    mask_rate: float
+    max_tokens_per_char: float
+
+
+RECIPES: dict[str, Recipe] = {
+    "cramfast": Recipe(
+        schedule="trapezoid",
+        lr=1e-3,
+        clip=1.0,
+        layout="documents",
+        order="shuffled",
+        batch_size=None,
+        batch_ramp=0.0,
+        mask_rate=0.25,
+        max_tokens_per_char=1.0,
+    ),
+    "cramming": Recipe(
+        schedule="triangle",
+        lr=1e-3,
+        clip=0.5,
+        layout="packed",
+        order="full-stops",
+        batch_size=8192,
+        batch_ramp=0.6,
+        mask_rate=0.25,
+        max_tokens_per_char=0.25,
+    ),
+}
+
+
+def resolve(options: PretrainOptions, has_gpu: bool) -> PretrainOptions:
+    """Fill every None that the recipe, the preset or the kind of device decides, and refuse impossible combinations.
+
+    What depends on the speed of the machine (batch_size of the cramfast recipe, microbatch_size) stays None.
+    """
+    recipe = RECIPES[options.recipe]
+    preset = options.preset or ("cramfast-small" if has_gpu else "cramfast-tiny")
+    text, batches, optimizer = options.text, options.batches, options.optimizer
+    heldout_fraction = 0.01 if text.data else 0.05
+    text = _fill(text, recipe, vocab_size=PRESETS[preset].vocab_size, heldout_fraction=heldout_fraction)
+    batches = _fill(batches, recipe)
+    if options.batches.batch_size and options.batches.batch_ramp is None:
+        # A batch size asked for by name is held; only the recipe's own is ramped up to.
+        batches = replace(batches, batch_ramp=0.0)
+    resolved = replace(
+        options,
+        preset=preset,
+        budget=options.budget or ("3m" if has_gpu else "60s"),
+        text=text,
+        batches=batches,
+        optimizer=_fill(optimizer, recipe),
+    )
+    _check(resolved)
+    return resolved
+
+
+def _fill(settings, recipe: Recipe, **defaults):
+    """`settings` with each None taken from `defaults` or the recipe's field of the same name, where there is one."""
+    values = {f.name: getattr(recipe, f.name) for f in fields(recipe)} | defaults
+    missing = {
+        f.name: values[f.name] for f in fields(settings) if getattr(settings, f.name) is None and f.name in values
+    }
+    return replace(settings, **missing)
+
+
+def _check(options: PretrainOptions) -> None:
+    """Raise UserError for values out of range and combinations that cannot work."""
+    text, batches, optimizer, run = options.text, options.batches, options.optimizer, options.run
+    limit = PRESETS[options.preset].max_positions
+    _require(
+        2 <= batches.max_length <= limit, f"--max-length {batches.max_length}: {options.preset} takes 2 to {limit}"
+    )
+    _require(0 < batches.mask_rate < 1, f"--mask-rate {batches.mask_rate}: expected a share between 0 and 1")
+    _require(0 <= batches.batch_ramp <= 1, f"--batch-ramp {batches.batch_ramp}: expected a share from 0 to 1")
+    for name in ("batch_size", "microbatch_size"):
+        value = getattr(batches, name)
+        _require(value is None or value > 0, f"--{name.replace('_', '-')} {value}: expected at least 1")
+    _require(
+        batches.order == "shuffled" or batches.layout == "packed",
+        f"--order {batches.order} needs --layout packed: pieces of documents are not sorted",
+    )
+    _require(
+        0 < text.heldout_fraction < 1, f"--heldout-fraction {text.heldout_fraction}: expected a share between 0 and 1"
+    )
+    _require(text.max_tokens_per_char > 0, f"--max-tokens-per-char {text.max_tokens_per_char}: expected more than 0")
+    _require(text.vocab_size >= 256, f"--vocab-size {text.vocab_size}: expected at least 256")
+    _require(optimizer.lr > 0, f"--lr {optimizer.lr}: expected more than 0")
+    _require(optimizer.clip > 0, f"--clip {optimizer.clip}: expected more than 0")
+    _require(optimizer.weight_decay >= 0, f"--weight-decay {optimizer.weight_decay}: expected 0 or more")
+    for name in ("beta1", "beta2"):
+        value = getattr(optimizer, name)
+        _require(0 <= value < 1, f"--{name} {value}: expected a number from 0 to below 1")
+    _require(options.evals >= 1, f"--evals {options.evals}: expected at least 1")
+    _require(run.keep_checkpoints >= 1, f"--keep-checkpoints {run.keep_checkpoints}: expected at least 1")
+    Interval.parse("--checkpoint-every", run.checkpoint_every)
+    Interval.parse("--log-every", run.log_every)
+    Budget.parse(options.budget)
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise UserError(message)
+
+
+_SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400}
+_AMOUNT = re.compile(r"(?P<number>\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*(?P<unit>[a-z]+)", re.IGNORECASE)
+
+
+def _amount(flag: str, text: str, units: tuple[str, ...], example: str) -> tuple[float, str]:
+    """(number, unit) of "5e9tokens"; times come in seconds with unit "seconds". `units` are the others allowed."""
+    match = _AMOUNT.fullmatch(text.strip())
+    unit = match["unit"].lower() if match else ""
+    scale = _SECONDS.get(unit, 1)
+    unit = "seconds" if unit in _SECONDS else unit if unit.endswith("s") else unit + "s"
+    if match is None or unit not in ("seconds", *units) or float(match["number"]) <= 0:
+        raise UserError(f"{flag} {text}: expected {example}")
+    return float(match["number"]) * scale, unit
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much a run may spend of one resource; `unit` is "seconds", "tokens" or "flops"."""
+
+    amount: float
+    unit: str
+
+    @classmethod
+    def parse(cls, text: str) -> "Budget":
+        return cls(*_amount("--budget", text, ("tokens", "flops"), "a budget like 24h, 10m, 5e9tokens or 2e17flops"))
+
+
+@dataclass(frozen=True)
+class Interval:
+    """How often something happens; `unit` is "seconds" or "steps"."""
+
+    amount: float
+    unit: str
+
+    @classmethod
+    def parse(cls, flag: str, text: str) -> "Interval":
+        return cls(*_amount(flag, text, ("steps",), "an interval like 30s, 10m or 500steps"))

@@ -1,0 +1,1 @@
+"""Text in, unpadded batches out: sources, tokenizer, shards, batches."""

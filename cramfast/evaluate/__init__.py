@@ -1,0 +1,1 @@
+"""Measuring a model: held-out loss and examples."""

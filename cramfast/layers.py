@@ -1,0 +1,120 @@
+"""nn.Modules over the operators of `cramfast.kernels`.
+
+Where `torch.nn` has a counterpart the constructor takes the same arguments and the state dict is the same.
+Shapes: T tokens of an unpadded batch, C hidden size, I intermediate size, H heads, D head size, M predictions.
+"""
+
+import torch
+from torch import nn
+
+from .kernels import add_layer_norm, geglu, gelu, layer_norm, mlm_loss, varlen_attention
+
+
+class FusedLayerNorm(nn.LayerNorm):
+    """`torch.nn.LayerNorm` over the last dimension, with a learned weight."""
+
+    def __init__(self, normalized_shape, eps=1e-5, elementwise_affine=True, bias=True, device=None, dtype=None):
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
+        if not elementwise_affine or len(self.normalized_shape) != 1:
+            raise ValueError(
+                f"{type(self).__name__} normalises one dimension with a learned weight; "
+                f"got shape {self.normalized_shape}, elementwise_affine={elementwise_affine}"
+            )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class FusedAddLayerNorm(FusedLayerNorm):
+    """Residual addition and LayerNorm in one: (x, residual) → (norm(x + residual), x + residual).
+
+    Without a residual (the first block of a model) the sum is x itself.
+    """
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        if residual is None:
+            return super().forward(x), x
+        return add_layer_norm(x, residual, self.weight, self.bias, self.eps)
+
+
+class FusedGELU(nn.GELU):
+    """`torch.nn.GELU`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return gelu(x, self.approximate)
+
+
+class FusedGEGLU(nn.Module):
+    """(..., 2I) → (..., I): GELU of the first half times the second."""
+
+    def __init__(self, approximate: str = "none"):
+        super().__init__()
+        self.approximate = approximate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return geglu(x, self.approximate)
+
+
+class UnpaddedSelfAttention(nn.Module):
+    """Multi-head bidirectional self-attention over unpadded sequences: (T, C) → (T, C)."""
+
+    def __init__(self, hidden_size: int, num_heads: int, bias: bool = True):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias)
+        self.out = nn.Linear(hidden_size, hidden_size, bias)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        cos: torch.Tensor | None = None,
+        sin: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        qkv_T3HD = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        return self.out(varlen_attention(qkv_T3HD, cu_seqlens, max_seqlen, cos=cos, sin=sin).flatten(1))
+
+
+class SparseMLMHead(nn.Module):
+    """The prediction head, run on predicted rows only: an optional dense + GELU + norm, then the decoder.
+
+    The decoder's weight (V, C) is passed in, because it is the embedding's.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        *,
+        transform: bool,
+        linear_bias: bool,
+        norm_bias: bool,
+        decoder_bias: bool,
+        eps: float,
+    ):
+        super().__init__()
+        self.transform = (
+            nn.Sequential(
+                nn.Linear(hidden_size, hidden_size, linear_bias),
+                FusedGELU(),
+                FusedLayerNorm(hidden_size, eps, bias=norm_bias),
+            )
+            if transform
+            else None
+        )
+        self.bias = nn.Parameter(torch.zeros(vocab_size)) if decoder_bias else None
+
+    def forward(
+        self, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """Mean loss of predicting labels (M,) from rows `positions` (M,) of hidden (T, C)."""
+        if self.transform is None:
+            return mlm_loss(hidden, weight, labels, positions, self.bias)
+        return mlm_loss(self.transform(hidden[positions]), weight, labels, bias=self.bias)
+
+    def predict(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Logits (M, V) of hidden rows (M, C)."""
+        if self.transform is not None:
+            rows = self.transform(rows)
+        return nn.functional.linear(rows, weight, self.bias)

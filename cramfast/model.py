@@ -1,0 +1,183 @@
+"""The thin BERT: one module for the three families of `config.PRESETS`.
+
+Shapes: T tokens of an unpadded batch, C hidden size, D head size, M predictions, V vocabulary, P positions.
+"""
+
+import torch
+from torch import nn
+
+from .config import ModelConfig
+from .kernels import embed, sequence_positions
+from .layers import FusedAddLayerNorm, FusedGEGLU, FusedGELU, FusedLayerNorm, SparseMLMHead, UnpaddedSelfAttention
+
+
+class Embeddings(nn.Module):
+    """Token (+ position) embeddings and their LayerNorm: ids (T,) → (T, C)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.norm = FusedLayerNorm(config.hidden_size, config.norm_eps, bias=config.norm_bias)
+        self.positions = None
+        if config.positions == "learned":
+            self.positions = nn.Embedding(config.max_positions, config.hidden_size)
+        elif config.positions == "sinusoidal":
+            self.positions = ScaledSinusoid(config.max_positions, config.hidden_size)
+        self.token_types = nn.Embedding(config.token_types, config.hidden_size) if config.token_types else None
+
+    def forward(self, input_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        position_ids = position_weight = None
+        if self.positions is not None:
+            _, position_ids = sequence_positions(cu_seqlens, input_ids.numel())
+            position_weight = self.positions.weight
+            if self.token_types is not None:
+                # Pretraining has one token type; its row rides on every position row.
+                position_weight = position_weight + self.token_types.weight[0]
+        return embed(
+            input_ids,
+            self.tokens.weight,
+            self.norm.weight,
+            self.norm.bias,
+            position_ids=position_ids,
+            position_weight=position_weight,
+            eps=self.norm.eps,
+            dtype=_activation_dtype(self.tokens.weight),
+        )
+
+
+class ScaledSinusoid(nn.Module):
+    """Fixed sinusoidal positions (P, C) times one learned scalar that starts at 1/sqrt(C).
+
+    Source: the positions of Vaswani et al., 1706.03762, scaled as in Hua et al., 2202.10447.
+    """
+
+    def __init__(self, positions: int, hidden_size: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor([hidden_size**-0.5]))
+        cos, sin = rotary_tables(positions, hidden_size, 10_000.0)
+        self.register_buffer("table", torch.stack((sin, cos), dim=-1).flatten(1), persistent=False)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.scale * self.table
+
+
+class PreNormLayer(nn.Module):
+    """x → x + attention(norm(x)), then the same with the feed-forward network.
+
+    Takes and returns `(x, residual)`: the last block's output and the stream it has not been added to yet, so that each
+    addition happens inside the norm that follows it.
+    """
+
+    def __init__(self, config: ModelConfig, first: bool):
+        super().__init__()
+        without_norm = first and not config.first_norm
+        self.attention_norm = None if without_norm else _add_norm(config)
+        self.attention = UnpaddedSelfAttention(config.hidden_size, config.num_heads, config.linear_bias)
+        self.mlp_norm = _add_norm(config)
+        self.mlp = _mlp(config)
+
+    def forward(self, x, residual, sequences):
+        x, residual = (x, x) if self.attention_norm is None else self.attention_norm(x, residual)
+        x, residual = self.mlp_norm(self.attention(x, *sequences), residual)
+        return self.mlp(x), residual
+
+
+class PostNormLayer(nn.Module):
+    """x → norm(x + attention(x)), then the same with the feed-forward network, as the original BERT."""
+
+    def __init__(self, config: ModelConfig, first: bool):
+        super().__init__()
+        self.attention = UnpaddedSelfAttention(config.hidden_size, config.num_heads, config.linear_bias)
+        self.attention_norm = _add_norm(config)
+        self.mlp = _mlp(config)
+        self.mlp_norm = _add_norm(config)
+
+    def forward(self, x, residual, sequences):
+        x, _ = self.attention_norm(self.attention(x, *sequences), x)
+        x, _ = self.mlp_norm(self.mlp(x), x)
+        return x, None
+
+
+class Bert(nn.Module):
+    """A BERT-class encoder with a tied masked-language-modelling head."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        layer = PreNormLayer if config.norm == "pre" else PostNormLayer
+        self.layers = nn.ModuleList(layer(config, first=i == 0) for i in range(config.num_layers))
+        self.final_norm = _add_norm(config) if config.norm == "pre" else None
+        self.head = SparseMLMHead(
+            config.hidden_size,
+            config.vocab_size,
+            transform=config.head_transform,
+            linear_bias=config.linear_bias,
+            norm_bias=config.norm_bias,
+            decoder_bias=config.decoder_bias,
+            eps=config.norm_eps,
+        )
+        cos = sin = None
+        if config.positions == "rotary":
+            cos, sin = rotary_tables(config.max_positions, config.head_size, config.rope_theta)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.apply(self._initialise)
+
+    def _initialise(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+
+    def encode(self, input_ids: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int) -> torch.Tensor:
+        """Hidden states (T, C) of input_ids (T,), the sequences cu_seqlens (B+1,) marks, none above max_seqlen."""
+        x, residual = self.embeddings(input_ids, cu_seqlens), None
+        sequences = (cu_seqlens, max_seqlen, self.cos, self.sin)
+        for layer in self.layers:
+            x, residual = layer(x, residual, sequences)
+        return x if self.final_norm is None else self.final_norm(x, residual)[0]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        positions: torch.Tensor,
+        labels: torch.Tensor,
+    ) -> torch.Tensor:
+        """Mean loss, in nats, of predicting labels (M,) at positions (M,) of the flat batch."""
+        hidden = self.encode(input_ids, cu_seqlens, max_seqlen)
+        return self.head(hidden, self.embeddings.tokens.weight, labels, positions)
+
+    def predict(self, hidden_rows: torch.Tensor) -> torch.Tensor:
+        """Logits (M, V) of rows (M, C) of `encode`'s output."""
+        return self.head.predict(hidden_rows, self.embeddings.tokens.weight)
+
+
+def rotary_tables(positions: int, size: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin (positions, size/2) of position · theta^(−2i/size), fp32."""
+    frequency = theta ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
+    angle = torch.arange(positions, dtype=torch.float64)[:, None] * frequency
+    return angle.cos().float(), angle.sin().float()
+
+
+def _add_norm(config: ModelConfig) -> FusedAddLayerNorm:
+    return FusedAddLayerNorm(config.hidden_size, config.norm_eps, bias=config.norm_bias)
+
+
+def _mlp(config: ModelConfig) -> nn.Sequential:
+    gated = config.activation == "geglu"
+    width = config.intermediate_size * (2 if gated else 1)
+    return nn.Sequential(
+        nn.Linear(config.hidden_size, width, config.linear_bias),
+        FusedGEGLU() if gated else FusedGELU(),
+        nn.Linear(config.intermediate_size, config.hidden_size, config.linear_bias),
+    )
+
+
+def _activation_dtype(weight: torch.Tensor) -> torch.dtype:
+    """The dtype activations have: autocast's inside autocast, else the weights'."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype

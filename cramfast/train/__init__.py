@@ -1,0 +1,1 @@
+"""Training: schedule, optimizer, step, loop, checkpoints, progress."""

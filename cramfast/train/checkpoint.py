@@ -1,0 +1,161 @@
+"""Checkpoints and saved models: safetensors and JSON, written aside and renamed when complete.
+
+`checkpoint-STEP/` holds config.json and model.safetensors (the model), trainer.safetensors (optimizer, random state)
+and trainer.json (the rest of what a resumed run needs). `final/` holds a model and its tokenizer.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ..config import ModelConfig
+from ..errors import UserError
+from ..model import Bert
+from .optimizer import optimizer_tensors, restore_optimizer
+
+
+@contextmanager
+def _folder_aside(target: Path) -> Iterator[Path]:
+    """A folder to fill that takes the name `target` once it is complete and on disk."""
+    aside = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for path in aside.iterdir():
+            _sync(path)
+        shutil.rmtree(target, ignore_errors=True)
+        aside.rename(target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write JSON so that `path` is either as before or complete."""
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(json.dumps(value, indent=1) + "\n")
+    _sync(aside)
+    aside.replace(path)
+
+
+def save_model(target: Path, model: Bert, tokenizer: Path) -> None:
+    """Save a model with its tokenizer.json as the folder `target`."""
+    with _folder_aside(target) as folder:
+        _write_model(folder, model)
+        shutil.copyfile(tokenizer, folder / "tokenizer.json")
+
+
+def _write_model(folder: Path, model: Bert) -> None:
+    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({"cramfast": asdict(model.config)}, indent=1) + "\n")
+
+
+def load_model(path: str | Path) -> Bert:
+    """The model in a folder of a run (its `final`, else its newest checkpoint), a checkpoint, or `final`.
+
+    Raises UserError when there is none, or when weights are missing, unknown or of the wrong shape.
+    """
+    path = Path(path)
+    folder = path if (path / "model.safetensors").is_file() else path / "final"
+    if not folder.is_dir():
+        folder = latest_checkpoint(path)
+    if folder is None:
+        raise UserError(f"{path}: holds no cramfast model (no model.safetensors, final/ or checkpoint-STEP/)")
+    settings = _read_json(folder / "config.json").get("cramfast")
+    if settings is None:
+        raise UserError(f"{folder / 'config.json'}: not a cramfast model's")
+    model = Bert(ModelConfig(**settings))
+    _load_weights(model, folder)
+    return model.eval()
+
+
+def _load_weights(model: Bert, folder: Path) -> None:
+    try:
+        model.load_state_dict(_read_tensors(folder / "model.safetensors"))
+    except RuntimeError as error:
+        raise UserError(f"{folder / 'model.safetensors'}: {' '.join(str(error).split())}") from error
+
+
+def save_checkpoint(
+    run: Path, step: int, model: Bert, optimizer: torch.optim.Optimizer, extra: dict, state: dict, keep: int
+) -> Path:
+    """Save `checkpoint-STEP` in the folder of a run and delete all but the newest `keep`.
+
+    extra: further tensors; state: JSON. Both come back from `load_checkpoint`.
+    """
+    target = run / f"checkpoint-{step}"
+    tensors = {f"optimizer.{key}": value for key, value in optimizer_tensors(model, optimizer).items()}
+    tensors |= {f"extra.{key}": value for key, value in (extra | _random_state()).items()}
+    with _folder_aside(target) as folder:
+        _write_model(folder, model)
+        save_file(tensors, folder / "trainer.safetensors")
+        (folder / "trainer.json").write_text(json.dumps(state, indent=1) + "\n")
+    for old in _checkpoints(run)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def load_checkpoint(path: Path, model: Bert, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
+    """Put a checkpoint back into model and optimizer; returns (extra, state). Raises UserError when it is damaged."""
+    tensors = _read_tensors(path / "trainer.safetensors")
+    state = _read_json(path / "trainer.json")
+    _load_weights(model, path)
+    parts: dict[str, dict] = {"optimizer": {}, "extra": {}}
+    for key, value in tensors.items():
+        part, name = key.split(".", 1)
+        parts[part][name] = value
+    restore_optimizer(model, optimizer, parts["optimizer"])
+    _restore_random_state(parts["extra"])
+    return parts["extra"], state
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The newest complete checkpoint of a run."""
+    found = _checkpoints(run)
+    return found[-1] if found else None
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = [path for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    states = {"random.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["random.cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _restore_random_state(states: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(states["random.cpu"])
+    if torch.cuda.is_available() and "random.cuda" in states:
+        torch.cuda.set_rng_state(states["random.cuda"])
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: damaged or unreadable: {error}") from error
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged or unreadable: {error}") from error

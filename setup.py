@@ -1,0 +1,8 @@
+"""Maps the folder kernels/ to the package cramfast.kernels; everything else is in pyproject.toml."""
+
+from setuptools import setup
+
+setup(
+    packages=["cramfast", "cramfast.data", "cramfast.train", "cramfast.evaluate", "cramfast.kernels"],
+    package_dir={"cramfast": "cramfast", "cramfast.kernels": "kernels"},
+)

@@ -39,7 +39,7 @@ def parse(options_type: type[Options], prog: str, argv: list[str] | None = None)
 
 
 def _one_line(box: str) -> str:
-    """The message in the box that tyro draws: what stands above its first ruler, and the nearest flag if it names one."""
+    """The message in the box that tyro draws: what stands above its first ruler, and the nearest flag it names."""
     lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()[1:]]
     ruler = next((i for i, line in enumerate(lines) if line and not line.strip("─")), len(lines))
     message = " ".join(line for line in lines[:ruler] if line).split(" Got errors:")[0]

@@ -58,8 +58,11 @@ def _operators() -> list[tuple[str, str]]:
 
     rows = []
     for name in OPERATORS:
-        choice = choose(name, pick_device())
-        rows.append((name, f"{choice.backend} ({choice.reason})"))
+        try:
+            choice = choose(name, pick_device())
+            rows.append((name, f"{choice.backend} ({choice.reason})"))
+        except (ValueError, RuntimeError) as error:  # CRAMFAST_KERNELS asks for what cannot be
+            rows.append((name, f"none: {error}"))
     return rows
 
 
@@ -71,7 +74,9 @@ def _peers() -> list[tuple[str, str]]:
         try:
             importlib.import_module(module)
         except Exception as error:  # a broken build fails in as many ways as there are builds
-            missing = isinstance(error, ModuleNotFoundError)
+            # Its own absence, not that of something it needs.
+            own = (module.split(".")[0], distribution)
+            missing = isinstance(error, ModuleNotFoundError) and str(error.name).split(".")[0] in own
             return "not installed" if missing else f"does not import: {' '.join(str(error).split())}"
         return version_of(distribution) or "installed"
 

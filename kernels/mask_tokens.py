@@ -1,9 +1,8 @@
 """Choosing the tokens to predict, and hiding them: BERT's 80/10/10 masking with an exact count.
 
-Every token t of a sequence of length n draws a random rank r(t) in 0..n-1; its quantile is (r(t) + u) / n with one u
-in [0, 1) per sequence, and the `count` smallest quantiles of the batch are predicted. Sequences of equal length thus
-give equally many tokens (32 of every 128 at count = T/4), ragged ones their share to within one token. Of the chosen
-tokens 80 % become the mask token, 10 % a random ordinary token, 10 % stay. Special tokens are never chosen.
+A sequence of n of the T tokens gets its share, count · n / T, rounded up or down so that the shares add up to count:
+32 of every 128 at count = T/4. Which tokens of a sequence are predicted is random. Of them 80 % become the mask token,
+10 % a random ordinary token, 10 % stay. Special tokens are never chosen while ordinary ones are left.
 
 Randomness is a hash of (seed, step, token index, purpose), so the same arguments give the same masks on every device
 and after every resume. Source: Devlin et al., BERT, 1810.04805; the hash is splitmix64's finaliser.
@@ -32,16 +31,18 @@ def mask_tokens_reference(input_ids, cu_seqlens, count, *, mask_id, ordinary, se
 
     first, end = ordinary
     special = (input_ids < first) | (input_ids >= end)
-    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-    # Sorting by sequence + score ranks each sequence's tokens at random; specials score 1 and come last.
+    starts = cu_seqlens.long()
+    # Sorting by sequence + score ranks each sequence's tokens at random; specials score highest and come last.
     score = torch.where(special, 1 - 2.0**-20, uniform(token, _RANK) * (1 - 2.0**-19))
     order = torch.argsort(sequence + score, stable=True)
     rank = torch.empty_like(order)
     rank[order] = token - starts[sequence[order]]
-    offset = uniform(torch.arange(lengths.numel(), device=input_ids.device), _OFFSET)
-    quantile = (rank + offset[sequence]) / lengths[sequence]
-    quantile = torch.where(special, torch.inf, quantile)
-    positions = torch.argsort(quantile, stable=True)[:count].sort().values
+    # One random offset rounds every share; the sum telescopes to count.
+    offset = (uniform(token[:1], _OFFSET) * total).long()
+    share = ((starts * count + offset) // max(total, 1)).diff()
+    # A sequence with fewer ordinary tokens than its share leaves places, which go to ordinary tokens elsewhere.
+    preference = torch.where(special, 2, (rank >= share[sequence]).int())
+    positions = torch.argsort(preference, stable=True)[:count].sort().values
 
     original = input_ids[positions].long()
     labels = torch.where(special[positions], _IGNORED, original)

@@ -136,6 +136,9 @@ class BatchBuilder:
         starts, lengths, room = [], [], self.tokens
         while room > 0:
             count = self.pieces.count(cursor.epoch)
+            if not count:  # no piece begins in this repetition of a stream shorter than one
+                cursor = Cursor(cursor.epoch + 1)
+                continue
             enough = room // self.max_seqlen + 16
             index = np.arange(cursor.index, min(cursor.index + enough, count))
             start, length = self.pieces.locate(cursor.epoch, index)
@@ -181,9 +184,10 @@ class Prefetcher:
         self._thread.start()
 
     def next(self) -> Batch:
-        """The next batch. Raises what building it raised."""
+        """The next batch. Raises what building it raised, now and ever after."""
         item = self._queue.get()
         if isinstance(item, BaseException):
+            self._queue.put(item)  # the thread has ended; the next caller would wait for it in vain
             raise item
         return item
 

@@ -30,8 +30,9 @@ from .tokenizer import open_tokenizer, special_ids, train_tokenizer
 
 # WordPiece is trained on the first this many characters; more text does not change the frequent words.
 _TRAINING_CHARACTERS = 256_000_000
-# Texts handed to the tokenizers library at once, in characters: enough for all cores, little memory.
+# Characters and texts handed to the tokenizers library at once: enough for all cores, little memory.
 _BATCH_CHARACTERS = 2_000_000
+_BATCH_TEXTS = 20_000
 
 Report = Callable[[str, int, int | None], None]
 """Called with (stage, bytes of source read, bytes in all or None) while the work goes on."""
@@ -89,15 +90,25 @@ def _key(options: TextOptions, sources: list[Source], heldout: list[Source]) -> 
 
 def _remove_abandoned(cache: Path, key: str) -> None:
     """Delete what builders of this dataset that no longer run have left."""
-    if os.name != "posix":
-        return  # elsewhere there is no harmless way to ask whether a process runs
     for folder in cache.glob(f"tokens-{key}.partial-*"):
-        try:
-            os.kill(int(folder.name.rsplit("-", 1)[1]), 0)
-        except ProcessLookupError:
+        number = folder.name.rsplit("-", 1)[1]
+        if number.isdecimal() and not _runs_elsewhere(int(number)):
             shutil.rmtree(folder, ignore_errors=True)
-        except PermissionError:
-            continue  # it runs, as another user
+
+
+def _runs_elsewhere(number: int) -> bool:
+    """Whether there is another process of this number. One of our own number is gone: in a container numbers recur."""
+    if number == os.getpid():
+        return False
+    if os.name != "posix":
+        return True  # there is no harmless way to ask there
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # it runs, as another user
+    return True
 
 
 def _rename(partial: Path, folder: Path) -> None:
@@ -123,9 +134,13 @@ def _build(folder: Path, options: TextOptions, sources: list[Source], heldout: l
     vocab_size = tokenizer.get_vocab_size()
     dtype = token_dtype(vocab_size)
     writers = {split: SplitWriter(folder, split, dtype, vocab_size) for split in SPLITS}
-    dropped = _write(tokenizer, writers, options, sources, heldout, report)
-    _require_text(writers, options)
-    splits = {split: writer.close() for split, writer in writers.items()}
+    try:
+        dropped = _write(tokenizer, writers, options, sources, heldout, report)
+        _require_text(writers, options)
+        splits = {split: writer.close() for split, writer in writers.items()}
+    finally:
+        for writer in writers.values():
+            writer.release()
     write_manifest(
         folder,
         {
@@ -214,7 +229,7 @@ def _batched(texts: Iterator[str]) -> Iterator[list[str]]:
     for text in texts:
         batch.append(text)
         length += len(text)
-        if length >= _BATCH_CHARACTERS:
+        if length >= _BATCH_CHARACTERS or len(batch) == _BATCH_TEXTS:
             yield batch
             batch, length = [], 0
     if batch:

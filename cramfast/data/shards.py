@@ -61,6 +61,12 @@ class SplitWriter:
             "boundaries": self._ends.close(),
         }
 
+    def release(self) -> None:
+        """Close the files, finished or not: Windows removes none that is open."""
+        for file in (self._shard, self._ends):
+            if file is not None:
+                file.file.close()
+
     def _flush(self) -> None:
         if not self._waiting:
             return

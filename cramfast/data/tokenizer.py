@@ -75,8 +75,9 @@ def _normalizer(lowercase: bool, strip_accents: bool, ascii_only: bool) -> norma
         steps.append(normalizers.Lowercase())
     if strip_accents:
         steps += [normalizers.NFD(), normalizers.StripAccents()]
-    if ascii_only:
-        steps.append(normalizers.Replace(Regex(r"[^\x00-\x7F]+"), ""))
+    # Control characters go in any case: no word piece would match a word with one in it.
+    unwanted = r"[^\t\n\r -~]+" if ascii_only else r"[\p{Cc}&&[^\t\n\r]]+"
+    steps.append(normalizers.Replace(Regex(unwanted), ""))
     return normalizers.Sequence(steps)
 
 

@@ -77,7 +77,11 @@ def load_model(path: str | Path) -> Bert:
     settings = _read_json(folder / "config.json").get("cramfast")
     if settings is None:
         raise UserError(f"{folder / 'config.json'}: not a cramfast model's")
-    model = Bert(ModelConfig(**settings))
+    try:
+        config = ModelConfig(**settings)
+    except TypeError as error:  # a setting is unknown or missing
+        raise UserError(f"{folder / 'config.json'}: {error}") from error
+    model = Bert(config)
     _load_weights(model, folder)
     return model.eval()
 
@@ -97,6 +101,8 @@ def save_checkpoint(
     extra: further tensors; state: JSON. Both come back from `load_checkpoint`.
     """
     target = run / f"checkpoint-{step}"
+    if target.is_dir():
+        return target  # it holds the same; a crash while it is replaced could leave none
     tensors = {f"optimizer.{key}": value for key, value in optimizer_tensors(model, optimizer).items()}
     tensors |= {f"extra.{key}": value for key, value in (extra | _random_state()).items()}
     with _folder_aside(target) as folder:
@@ -114,11 +120,14 @@ def load_checkpoint(path: Path, model: Bert, optimizer: torch.optim.Optimizer) -
     state = _read_json(path / "trainer.json")
     _load_weights(model, path)
     parts: dict[str, dict] = {"optimizer": {}, "extra": {}}
-    for key, value in tensors.items():
-        part, name = key.split(".", 1)
-        parts[part][name] = value
-    restore_optimizer(model, optimizer, parts["optimizer"])
-    _restore_random_state(parts["extra"])
+    try:
+        for key, value in tensors.items():
+            part, name = key.split(".", 1)
+            parts[part][name] = value
+        restore_optimizer(model, optimizer, parts["optimizer"])
+        _restore_random_state(parts["extra"])
+    except KeyError as error:
+        raise UserError(f"{path / 'trainer.safetensors'}: does not fit this model: {error}") from error
     return parts["extra"], state
 
 
@@ -156,6 +165,9 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: damaged or unreadable: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: damaged: holds no JSON object")
+    return value

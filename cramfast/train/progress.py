@@ -79,7 +79,7 @@ def _training_line(record: dict, left: float) -> str:
         f"step {record['step']:,}",
         f"loss {record['loss']:.3f}" if record["loss"] is not None else "loss not finite",
         f"lr {record['lr']:.2e}",
-        f"{record['tokens_per_s']:,.0f} tokens/s",
+        f"{record['tokens_per_s']:,.0f} tokens/s" if record["tokens_per_s"] else "timing ...",
         f"MFU {record['mfu']:.0%}",
         f"{record['memory_mib'] / 1024:.1f} GiB",
     ]
@@ -149,6 +149,7 @@ def plot_loss(run: Path, unigram_entropy: float) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import EngFormatter
 
     records = read_metrics(run / "metrics.jsonl")
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
@@ -161,6 +162,7 @@ def plot_loss(run: Path, unigram_entropy: float) -> None:
             axes.plot(*zip(*points, strict=True), **style)
     axes.axhline(unigram_entropy, linestyle=":", color="gray", label="unigram entropy of the corpus")
     axes.set_xlabel("tokens")
+    axes.xaxis.set_major_formatter(EngFormatter())
     axes.set_ylabel("loss (nats)")
     axes.set_title(run.name)
     axes.grid(alpha=0.3)

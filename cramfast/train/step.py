@@ -24,8 +24,8 @@ class StepResult:
 class TrainStep:
     """Accumulates gradients and updates the weights.
 
-    dtype: that of the matrix products, by autocast; float16 brings loss scaling with it. A step whose gradients are not
-    finite changes nothing but the loss scale.
+    dtype: that of the matrix products, by autocast; float16 brings loss scaling with it. A step whose loss or
+    gradients are not finite changes nothing but the loss scale.
     """
 
     def __init__(
@@ -63,7 +63,8 @@ class TrainStep:
         """Clip the accumulated gradient, update the weights, forget the gradient."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients) / self.loss_scale
-        skipped = (~torch.isfinite(norm)).float()
+        loss = torch.stack(self._losses).sum()
+        skipped = (~torch.isfinite(norm + loss)).float()
         # The fused optimizer divides gradients by `grad_scale` and does nothing where `found_inf` is 1.
         self.optimizer.grad_scale = self.loss_scale * (norm / self.clip).clamp(min=1.0)
         self.optimizer.found_inf = skipped
@@ -72,7 +73,7 @@ class TrainStep:
         self.optimizer.step()
         if self._scaled:
             self._adapt_loss_scale(skipped)
-        result = StepResult(torch.stack(self._losses).sum(), norm, skipped)
+        result = StepResult(loss, norm, skipped)
         self.reset()
         return result
 

@@ -91,7 +91,7 @@ PRESETS: dict[str, ModelConfig] = {
     ),
     "cramfast-base": _cramfast(16, 768, 12, 32_768),
     "cramfast-small": _cramfast(8, 512, 8, 32_768),
-    "cramfast-tiny": _cramfast(4, 192, 3, 8_192),
+    "cramfast-tiny": _cramfast(2, 256, 4, 4_096),
 }
 
 Preset = Literal[
@@ -198,7 +198,7 @@ class PretrainOptions:
     recipe: Literal["cramfast", "cramming"] = "cramfast"
     """cramfast: AdamW, 2 % warm-up, second half decaying, a batch that suits the budget. cramming: the paper's."""
     budget: str | None = None
-    """24h, 10m, 90s, 5e9tokens or 2e17flops. None: 3m on a GPU, about a minute on a CPU."""
+    """24h, 10m, 90s, 5e9tokens or 2e17flops. None: 3m on a GPU, 75s on a CPU."""
     seed: int = 0
     """Seed of weights, order and masks."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -271,7 +271,7 @@ def resolve(options: PretrainOptions, has_gpu: bool) -> PretrainOptions:
     resolved = replace(
         options,
         preset=preset,
-        budget=options.budget or ("3m" if has_gpu else "60s"),
+        budget=options.budget or ("3m" if has_gpu else "75s"),
         text=text,
         batches=batches,
         optimizer=_fill(optimizer, recipe),

@@ -96,7 +96,7 @@ def _load_weights(model: Bert, folder: Path) -> None:
 def save_checkpoint(
     run: Path, step: int, model: Bert, optimizer: torch.optim.Optimizer, extra: dict, state: dict, keep: int
 ) -> Path:
-    """Save `checkpoint-STEP` in the folder of a run and delete all but the newest `keep`.
+    """Save `checkpoint-STEP` in the folder of a run; delete all but the newest `keep`, and what a killed save left.
 
     extra: further tensors; state: JSON. Both come back from `load_checkpoint`.
     """
@@ -109,7 +109,7 @@ def save_checkpoint(
         _write_model(folder, model)
         save_file(tensors, folder / "trainer.safetensors")
         (folder / "trainer.json").write_text(json.dumps(state, indent=1) + "\n")
-    for old in _checkpoints(run)[:-keep]:
+    for old in (*_checkpoints(run)[:-keep], *run.glob(".checkpoint-*.partial")):
         shutil.rmtree(old)
     return target
 

@@ -13,6 +13,7 @@ from ..config import RECIPES, Budget, Interval, PretrainOptions
 from ..data.batches import BatchBuilder, Cursor, PieceSource, Prefetcher
 from ..data.shards import TokenStream
 from ..device import EnergyMeter, peak_memory_mib
+from ..errors import UserError
 from ..evaluate.mlm import HeldOut
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from .progress import Display, Metrics, plot_loss
@@ -20,6 +21,7 @@ from .schedule import Spent, batch_microbatches, fraction, lr_factor
 from .step import StepResult, TrainStep
 
 _MOST_SKIPPED_IN_A_ROW = 10
+_PLOT_EVERY = Interval(30, "seconds")
 
 
 class TrainingFailed(Exception):
@@ -27,15 +29,18 @@ class TrainingFailed(Exception):
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop."""
+    """A signal asked the run to stop; `at_once`: amid whatever was going on, so that there is nothing to save."""
 
-    def __init__(self, number: int):
+    def __init__(self, number: int, at_once: bool = False):
         super().__init__(signal.Signals(number).name)
-        self.number = number
+        self.number, self.at_once = number, at_once
 
 
 class StopSignals:
-    """Turns Ctrl-C and SIGTERM into `Stopped`: at once, or, inside `deferred` work, when `check` is called next."""
+    """Turns Ctrl-C and SIGTERM into `Stopped`: at once, or, inside `deferred` work, when `check` is called next.
+
+    A second signal does not wait for that.
+    """
 
     def __init__(self):
         self.deferred = False
@@ -45,7 +50,7 @@ class StopSignals:
 
     def _handle(self, number: int, frame) -> None:
         if not self.deferred or self._pending is not None:
-            raise Stopped(number)
+            raise Stopped(number, at_once=True)
         self._pending = number
 
     def check(self) -> None:
@@ -104,6 +109,7 @@ class Trainer:
         self.budget = Budget.parse(options.budget)
         self.schedule = RECIPES[options.recipe].schedule
         self.checkpoint_every = Due(Interval.parse("--checkpoint-every", options.run.checkpoint_every))
+        self.plot_every = Due(_PLOT_EVERY)
         self.log_every = Due(Interval.parse("--log-every", options.run.log_every))
         self.state = State(microbatch=plan.unit)
         self._resume()
@@ -115,8 +121,11 @@ class Trainer:
         self._rate_from = self.state.spent
 
     def train(self) -> float:
-        """Run to the end of the budget; returns the final held-out loss. Raises Stopped after saving a checkpoint."""
-        self.metrics = Metrics(self.setup.folder, self.state.step)
+        """Run to the end of the budget; returns the final held-out loss.
+
+        Raises Stopped, after saving a checkpoint unless it came at once.
+        """
+        self.metrics = Metrics(self.setup.folder, self.state.step, ended=self._fraction() >= 1)
         self._prefetch()
         self.signals.deferred = True
         try:
@@ -127,9 +136,10 @@ class Trainer:
                         self._after_update(spent, show)
             self._log(show=lambda *_: None)
             return self._evaluate()
-        except Stopped:
-            self._log(show=lambda *_: None)
-            self._save()
+        except Stopped as stop:
+            if not stop.at_once:
+                self._log(show=lambda *_: None)
+                self._save()
             raise
         finally:
             self.batches.close()
@@ -252,7 +262,8 @@ class Trainer:
             {"step": self.state.step, "tokens": spent.tokens, "seconds": round(spent.seconds, 3), "heldout_loss": loss}
         )
         self.display.say(f"step {self.state.step:,}  {spent.tokens:,} tokens  held-out loss {loss:.4f}")
-        plot_loss(self.setup.folder, self.setup.unigram_entropy)
+        if self.plot_every.now(self.state.step):
+            plot_loss(self.setup.folder, self.setup.unigram_entropy)
         self._rate_from = self._spent_now()
         return loss
 
@@ -288,7 +299,10 @@ class Trainer:
         if newest is None:
             return
         extra, state = load_checkpoint(newest, self.model, self.optimizer)
-        self.state = State.from_json(state)
+        try:
+            self.state = State.from_json(state)
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{newest / 'trainer.json'}: damaged: {error}") from error
         self.step.loss_scale = extra["loss_scale"].to(self.device)
         self.step.good_steps = extra["good_steps"].to(self.device)
         share = self._fraction()

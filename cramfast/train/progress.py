@@ -98,10 +98,15 @@ def duration(seconds: float) -> str:
 class Metrics:
     """metrics.jsonl, one record a line, and TensorBoard where it is installed."""
 
-    def __init__(self, run: Path, from_step: int):
-        """Open for appending; records after `from_step`, left by a run that was cut off, are dropped."""
+    def __init__(self, run: Path, from_step: int, ended: bool = False):
+        """Open for appending; records after `from_step`, left by a run that was cut off, are dropped.
+
+        ended: `from_step` is the last, whose held-out loss, measured after its checkpoint, is dropped as well.
+        """
         self.path = run / "metrics.jsonl"
         kept = [record for record in read_metrics(self.path) if record["step"] <= from_step]
+        if ended:
+            kept = [record for record in kept if record["step"] < from_step or "heldout_loss" not in record]
         aside = self.path.with_name(".metrics.jsonl.partial")
         aside.write_text("".join(json.dumps(record) + "\n" for record in kept))
         aside.replace(self.path)

@@ -24,7 +24,7 @@ from .progress import Display, duration, plot_loss
 from .schedule import suitable_batch
 from .step import TrainStep
 
-_CPU_MICROBATCH_TOKENS = 2048
+_CPU_MICROBATCH_TOKENS = 4096
 _MOST_MICROBATCH_TOKENS = 65_536
 _TOKENS_PER_GIB = 1024
 

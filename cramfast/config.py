@@ -1,5 +1,6 @@
 """Settings as frozen dataclasses, the model presets and the training recipes. Imports nothing heavy."""
 
+import math
 import re
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -160,7 +161,7 @@ class OptimizerOptions:
     """How weights are updated. None: the recipe's value."""
 
     lr: float | None = None
-    """Peak learning rate."""
+    """Peak learning rate. None: the recipe's, by the width of the model."""
     beta1: float = 0.9
     """AdamW's first moment decay."""
     beta2: float = 0.98
@@ -219,6 +220,8 @@ class Recipe:
 
     schedule: Literal["trapezoid", "triangle"]
     lr: float
+    lr_by_width: bool
+    """Whether `lr` is meant for 768 hidden units and grows as 1/sqrt(width) for narrower models."""
     clip: float
     layout: Layout
     order: Order
@@ -227,11 +230,16 @@ class Recipe:
     mask_rate: float
     max_tokens_per_char: float
 
+    def peak_lr(self, hidden_size: int) -> float:
+        """The learning rate for a model of this width, to two digits."""
+        return float(f"{self.lr * (768 / hidden_size) ** 0.5:.1e}") if self.lr_by_width else self.lr
+
 
 RECIPES: dict[str, Recipe] = {
     "cramfast": Recipe(
         schedule="trapezoid",
         lr=1e-3,
+        lr_by_width=True,
         clip=1.0,
         layout="documents",
         order="shuffled",
@@ -243,6 +251,7 @@ RECIPES: dict[str, Recipe] = {
     "cramming": Recipe(
         schedule="triangle",
         lr=1e-3,
+        lr_by_width=False,
         clip=0.5,
         layout="packed",
         order="full-stops",
@@ -268,13 +277,15 @@ def resolve(options: PretrainOptions, has_gpu: bool) -> PretrainOptions:
     if options.batches.batch_size and options.batches.batch_ramp is None:
         # A batch size asked for by name is held; only the recipe's own is ramped up to.
         batches = replace(batches, batch_ramp=0.0)
+    if options.batches.layout == "documents" and options.batches.order is None:
+        batches = replace(batches, order="shuffled")
     resolved = replace(
         options,
         preset=preset,
         budget=options.budget or ("3m" if has_gpu else "75s"),
         text=text,
         batches=batches,
-        optimizer=_fill(optimizer, recipe),
+        optimizer=_fill(optimizer, recipe, lr=recipe.peak_lr(PRESETS[preset].hidden_size)),
     )
     _check(resolved)
     return resolved
@@ -310,12 +321,15 @@ def _check(options: PretrainOptions) -> None:
     )
     _require(text.max_tokens_per_char > 0, f"--max-tokens-per-char {text.max_tokens_per_char}: expected more than 0")
     _require(text.vocab_size >= 256, f"--vocab-size {text.vocab_size}: expected at least 256")
-    _require(optimizer.lr > 0, f"--lr {optimizer.lr}: expected more than 0")
+    _require(0 < optimizer.lr < math.inf, f"--lr {optimizer.lr}: expected a number above 0")
     _require(optimizer.clip > 0, f"--clip {optimizer.clip}: expected more than 0")
-    _require(optimizer.weight_decay >= 0, f"--weight-decay {optimizer.weight_decay}: expected 0 or more")
+    for name in ("weight_decay", "adam_eps"):
+        value = getattr(optimizer, name)
+        _require(0 <= value < math.inf, f"--{name.replace('_', '-')} {value}: expected 0 or more")
     for name in ("beta1", "beta2"):
         value = getattr(optimizer, name)
         _require(0 <= value < 1, f"--{name} {value}: expected a number from 0 to below 1")
+    _require(0 <= options.seed < 2**63, f"--seed {options.seed}: expected a number from 0 to below 2^63")
     _require(options.evals >= 1, f"--evals {options.evals}: expected at least 1")
     _require(run.keep_checkpoints >= 1, f"--keep-checkpoints {run.keep_checkpoints}: expected at least 1")
     Interval.parse("--checkpoint-every", run.checkpoint_every)
@@ -338,7 +352,7 @@ def _amount(flag: str, text: str, units: tuple[str, ...], example: str) -> tuple
     unit = match["unit"].lower() if match else ""
     scale = _SECONDS.get(unit, 1)
     unit = "seconds" if unit in _SECONDS else unit if unit.endswith("s") else unit + "s"
-    if match is None or unit not in ("seconds", *units) or float(match["number"]) <= 0:
+    if match is None or unit not in ("seconds", *units) or not 0 < float(match["number"]) < math.inf:
         raise UserError(f"{flag} {text}: expected {example}")
     return float(match["number"]) * scale, unit
 

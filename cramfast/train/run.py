@@ -16,6 +16,7 @@ from ..data.tokenizer import SpecialIds, special_ids
 from ..device import environment, has_gpu, matmul_rate, pick_device, pick_dtype
 from ..errors import UserError
 from ..evaluate.mlm import Example, HeldOut, fill_examples
+from ..kernels import OPERATORS, choose
 from ..model import Bert
 from .checkpoint import save_model, write_json
 from .loop import BatchPlan, Setup, State, Stopped, StopSignals, Trainer, TrainingFailed
@@ -40,12 +41,15 @@ def pretrain(options: PretrainOptions) -> int:
     except TrainingFailed as failure:
         display.say(f"training stopped: {failure}")
         return 1
+    except OSError as error:  # a full disk, a folder taken away
+        raise UserError(f"{error.filename or 'writing'}: {error.strerror}") from error
 
 
 def _pretrain(options: PretrainOptions, display: Display, signals: StopSignals) -> int:
     options = resolve(options, has_gpu(options.device))
     device = pick_device(options.device)
     dtype = pick_dtype(device, options.dtype)
+    _check_operators(device)
     options = replace(options, device=device.type, dtype=str(dtype).removeprefix("torch."))
     cache = options.run.cache or default_cache()
     began = time.monotonic()
@@ -67,25 +71,39 @@ def _pretrain(options: PretrainOptions, display: Display, signals: StopSignals) 
         return 0
     special = special_ids(dataset.tokenizer)
     setup = _set_up(options, config, dataset, special, folder, device, dtype, decided, display)
-    write_json(
-        folder / "config.json",
-        {
-            "settings": settings,
-            "decided": asdict(setup.plan),
-            "model": asdict(config),
-            "environment": environment(device),
-        },
-    )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(
+            folder / "config.json",
+            {
+                "settings": settings,
+                "decided": asdict(setup.plan),
+                "model": asdict(config),
+                "environment": environment(device),
+            },
+        )
+    except OSError as error:
+        raise UserError(f"--out {folder}: {error.strerror}") from error
     trainer = Trainer(setup, display, signals)
     _print_start(display, setup, trainer.state)
     try:
         heldout_loss = trainer.train()
-    except Stopped:
-        display.say(f"saved {folder}; the same command goes on from there")
+    except Stopped as stop:
+        if not stop.at_once:
+            display.say(f"saved {folder}; the same command goes on from there")
         raise
     _finish(setup, trainer.state, heldout_loss, dataset, special)
     _print_summary(display, folder, dataset)
     return 0
+
+
+def _check_operators(device: torch.device) -> None:
+    """Raise UserError when CRAMFAST_KERNELS asks for what cannot run."""
+    try:
+        for operator in OPERATORS:
+            choose(operator, device)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(str(error)) from error
 
 
 def _settings(options: PretrainOptions, dataset: Dataset) -> dict:
@@ -107,17 +125,16 @@ def _open_folder(folder: Path, settings: dict) -> BatchPlan | None:
             stored = json.loads(path.read_text())
         except ValueError as error:
             raise UserError(f"{path}: damaged ({error}); give another --out") from error
+        if not isinstance(stored, dict) or not {"settings", "decided"} <= stored.keys():
+            raise UserError(f"--out {folder}: its config.json is not that of a run; give another --out")
         differing = _differences(stored["settings"], settings)
         if differing:
             raise UserError(
                 f"--out {folder} holds a run with other settings: {'; '.join(differing)}; give another --out"
             )
         return BatchPlan(**stored["decided"])
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {folder}: {error.strerror}") from error
-    if any(folder.iterdir()):
+    # A run that was killed while it wrote config.json has left half of it.
+    if folder.is_dir() and any(path.name != ".config.json.partial" for path in folder.iterdir()):
         raise UserError(f"--out {folder}: the folder is not empty and holds no run; give another --out")
     return None
 
@@ -153,6 +170,10 @@ def _set_up(
     plan = decided or _plan(options, step, stream, pieces, display)
     length = options.batches.max_length
     batch = plan.unit * plan.units
+    if not round(options.batches.mask_rate * plan.unit * length):
+        raise UserError(
+            f"--mask-rate {options.batches.mask_rate}: hides none of the {plan.unit * length} tokens of a microbatch"
+        )
     if len(stream) < batch * length:
         raise UserError(
             f"--data: its {len(stream):,} training tokens are fewer than the {batch * length:,} of one batch; "
@@ -190,6 +211,8 @@ def _plan(
         total = _expected_tokens(options, step, stream, pieces, min(largest * length, len(stream)))
         batch = max(1, min(suitable_batch(total), len(stream)) // length)
     units = -(-batch // largest)
+    if options.batches.batch_size is None:
+        return BatchPlan(batch // units, units)
     unit = -(-batch // units)
     if unit * units != batch:
         display.say(f"the batch is {unit * units} sequences instead of {batch}: {units} microbatches of {unit}")

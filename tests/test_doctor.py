@@ -1,0 +1,119 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cramfast.kernels import OPERATORS
+
+ROOT = Path(__file__).parents[1]
+PEERS = ("flash-attn", "apex (NVIDIA's)", "liger-kernel", "tensorboard")
+
+
+def doctor(*flags, **environment) -> subprocess.CompletedProcess:
+    environment = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0", **environment}
+    command = [sys.executable, "-m", "cramfast.doctor", *flags]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+
+
+def findings(done: subprocess.CompletedProcess) -> dict[str, str]:
+    """The table by its first column; what is wrapped over several lines is put together again."""
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    column = done.stdout.index(torch.__version__.split("+")[0], done.stdout.index("torch")) - done.stdout.index("torch")
+    rows, name = {}, ""
+    for line in done.stdout.splitlines():
+        name = line[:column].strip() or name
+        rows[name] = f"{rows.get(name, '')} {line[column:].strip()}".strip()
+    return rows
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, str]:
+    return findings(doctor())
+
+
+def test_every_operator_has_a_backend_and_a_reason(found):
+    for name in OPERATORS:
+        backend, _, reason = found[name].partition(" ")
+        assert backend in ("triton", "reference")
+        assert reason.startswith("(")
+        assert len(reason) > 4
+
+
+def test_versions_and_what_a_machine_without_a_gpu_does(found):
+    assert found["torch"] == torch.__version__
+    assert found["python"] == sys.version.split()[0]
+    assert {"triton", "driver"} <= found.keys()
+    assert found["matrix products in"] == "float32"
+    assert found["card"].startswith("none (")
+    assert "CPU threads" in found["card"]
+
+
+def test_disk_and_shared_memory(found):
+    assert "GiB free" in found["token cache"]
+    assert "GiB free" in found["here"]
+    assert "shared memory" in found or not Path("/dev/shm").is_dir()
+
+
+def test_the_cache_need_not_exist(tmp_path):
+    cache = tmp_path / "a" / "b"
+    assert str(cache) in findings(doctor(CRAMFAST_CACHE=str(cache), COLUMNS="500"))["token cache"]
+    assert not cache.exists()
+
+
+def test_every_peer_is_found_or_not(found):
+    for name in PEERS:
+        assert found[name]
+
+
+def write_module(folder: Path, name: str, text: str) -> None:
+    path = folder.joinpath(*name.split("."))
+    path.mkdir(parents=True)
+    for parent in (path, *path.parents):
+        if parent == folder:
+            break
+        (parent / "__init__.py").touch()
+    (path / "__init__.py").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("modules", "expected"),
+    [
+        (
+            {"liger_kernel": "", "apex.normalization": "", "flash_attn": "raise ImportError('undefined\\nsymbol')"},
+            {
+                "liger-kernel": "installed",
+                "apex (NVIDIA's)": "installed",
+                "flash-attn": "does not import: undefined symbol",
+            },
+        ),
+        (
+            {"apex": "", "flash_attn": "import no_such_thing"},
+            {"apex (NVIDIA's)": "not installed", "flash-attn": "does not import: No module named 'no_such_thing'"},
+        ),
+    ],
+)
+def test_peers_that_are_there_broken_or_another_project(tmp_path, modules, expected):
+    for name, text in modules.items():
+        write_module(tmp_path, name, text)
+    rows = findings(doctor(PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]), COLUMNS="200"))
+    for peer, finding in expected.items():
+        # Where the real one is installed as well, its version stands in place of "installed".
+        assert rows[peer] == finding or (finding == "installed" and rows[peer][0].isdigit())
+
+
+@pytest.mark.parametrize("mode", ["triton", "nonsense"])
+def test_a_wrong_choice_of_kernels_is_a_finding(mode):
+    rows = findings(doctor(CRAMFAST_KERNELS=mode, COLUMNS="300"))
+    assert all(f"CRAMFAST_KERNELS={mode}" in rows[name] for name in OPERATORS)
+
+
+def test_wrong_flags_are_one_line():
+    done = doctor("--cure")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "--cure" in done.stderr
+    assert done.stdout == ""

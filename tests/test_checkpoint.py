@@ -27,15 +27,6 @@ CONFIG = ModelConfig(vocab_size=61, hidden_size=32, num_layers=2, num_heads=2, i
 STATE = {"step": 7, "spent": {"seconds": 0.1 + 0.2, "tokens": 2**53 + 1, "flops": 1e300}, "cursor": [1, 2, 3]}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """A second thread gains nothing at this size, and where the cores are busy it waits in vain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_model(seed: int = 0, config: ModelConfig = CONFIG) -> tuple[Bert, torch.optim.AdamW]:
     torch.manual_seed(seed)
     model = Bert(config)

@@ -21,24 +21,12 @@ from cramfast.kernels import (
     varlen_attention,
 )
 
+pytestmark = pytest.mark.usefixtures("reference")
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 TOKENS = (1, 63, 100, 1000)
 WIDTHS = (64, 96, 768, 1000)
 RAGGED = (0, 1, 17, 64, 0, 100, 127, 128, 0)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    # Tensors this small gain nothing from threads, and on a busy machine threads waiting for each other cost minutes.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def reference(monkeypatch):
-    monkeypatch.setenv("CRAMFAST_KERNELS", "reference")
 
 
 def randn(*shape, dtype=torch.float64, seed=0):

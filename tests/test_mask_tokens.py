@@ -11,23 +11,11 @@ import torch
 from cramfast.kernels import mask_tokens, sequence_positions
 
 FIRST, END, MASK = 5, 995, 4
+pytestmark = pytest.mark.usefixtures("reference")
+
 SPECIAL = torch.cat((torch.arange(FIRST), torch.arange(END, 1000)))
 SIZES = (1, 2, 63, 100, 128, 1000, 16384)
 RATES = (0.0, 0.15, 0.25, 0.3, 0.5, 1.0)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    # Tensors this small gain nothing from threads, and on a busy machine threads waiting for each other cost minutes.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def reference(monkeypatch):
-    monkeypatch.setenv("CRAMFAST_KERNELS", "reference")
 
 
 def batch(lengths, special_every=None):

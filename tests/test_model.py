@@ -21,6 +21,8 @@ from cramfast.errors import UserError
 from cramfast.layers import FusedAddLayerNorm, FusedGEGLU, FusedGELU, FusedLayerNorm, UnpaddedSelfAttention
 from cramfast.model import Bert
 
+pytestmark = pytest.mark.usefixtures("reference")
+
 VOCAB = 211
 LENGTHS = (40, 1, 63, 17)
 POST_NORM = tuple(name for name, config in PRESETS.items() if config.norm == "post")
@@ -28,20 +30,6 @@ ROTARY = tuple(name for name, config in PRESETS.items() if config.positions == "
 
 # A logit of size 1 to 10 carries up to 1e-6 of rounding in fp32, and a few dozen layers pass it on some ten times.
 FP32_TOLERANCE = 1e-4
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    # Tensors this small gain nothing from threads, and on a busy machine threads waiting for each other cost minutes.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def reference(monkeypatch):
-    monkeypatch.setenv("CRAMFAST_KERNELS", "reference")
 
 
 def small(name):

@@ -15,12 +15,10 @@ from cramfast.data.shards import (
     SplitWriter,
     TokenStream,
     file_entry,
-    require_tokens,
     token_dtype,
     unigram_entropy,
     write_manifest,
 )
-from cramfast.errors import UserError
 
 
 def random_documents(number: int, vocab_size: int = 1000, longest: int = 40) -> list[np.ndarray]:
@@ -132,16 +130,6 @@ def test_take_across_shards(sizes):
     assert taken.dtype == np.int64
     assert taken.tolist() == tokens[index].tolist()
     assert stream.take(index[:0]).tolist() == []
-
-
-@pytest.mark.parametrize(("needed", "enough"), [(1, True), (50, True), (51, False)])
-def test_require_tokens(needed, enough):
-    stream = TokenStream([np.arange(50)], np.array([50]))
-    if enough:
-        assert require_tokens(stream, needed, "--data x", "give more") is None
-    else:
-        with pytest.raises(UserError, match=r"^--data x has 50 tokens, one batch needs 51: give more$"):
-            require_tokens(stream, needed, "--data x", "give more")
 
 
 # Damage

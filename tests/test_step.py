@@ -21,15 +21,6 @@ NO_CLIP = 1e9
 RATE = 0.25
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """A second thread gains nothing at this size, and where the cores are busy it waits in vain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_step(clip: float = NO_CLIP, dtype=torch.float32, seed: int = 0) -> TrainStep:
     torch.manual_seed(0)
     model = Bert(CONFIG).train()

@@ -16,8 +16,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import UserError
-
 FORMAT = 1
 SPLITS = ("train", "heldout")
 _SHARD_TOKENS = 1 << 26
@@ -217,9 +215,3 @@ def file_entry(path: Path) -> dict:
     """The manifest's record of a file that exists."""
     data = path.read_bytes()
     return {"file": path.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def require_tokens(stream: TokenStream, needed: int, what: str, fix: str) -> None:
-    """Raise UserError when a split is smaller than one batch of `needed` tokens."""
-    if len(stream) < needed:
-        raise UserError(f"{what} has {len(stream):,} tokens, one batch needs {needed:,}: {fix}")

@@ -13,19 +13,16 @@ from ..config import RECIPES, Budget, Interval, PretrainOptions
 from ..data.batches import BatchBuilder, Cursor, PieceSource, Prefetcher
 from ..data.shards import TokenStream
 from ..device import EnergyMeter, peak_memory_mib
-from ..errors import UserError
+from ..errors import TrainingFailed, UserError
 from ..evaluate.mlm import HeldOut
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from .plan import BatchPlan
 from .progress import Display, Metrics, plot_loss
 from .schedule import Spent, batch_microbatches, fraction, lr_factor
 from .step import StepResult, TrainStep
 
 _MOST_SKIPPED_IN_A_ROW = 10
 _PLOT_EVERY = Interval(30, "seconds")
-
-
-class TrainingFailed(Exception):
-    """Training cannot go on; the message is one line."""
 
 
 class Stopped(Exception):
@@ -56,14 +53,6 @@ class StopSignals:
     def check(self) -> None:
         if self._pending is not None:
             raise Stopped(self._pending)
-
-
-@dataclass(frozen=True)
-class BatchPlan:
-    """Sequences in a microbatch as planned, and microbatches in the full batch."""
-
-    unit: int
-    units: int
 
 
 @dataclass

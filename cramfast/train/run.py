@@ -8,26 +8,22 @@ from pathlib import Path
 
 import torch
 
-from ..config import PRESETS, RECIPES, Budget, ModelConfig, PretrainOptions, resolve
-from ..data.batches import BatchBuilder, Cursor, DocumentPieces, PackedPieces, PieceSource
+from ..config import PRESETS, RECIPES, ModelConfig, PretrainOptions, resolve
+from ..data.batches import DocumentPieces, PackedPieces, PieceSource
 from ..data.prepare import default_cache, prepare
 from ..data.shards import Dataset, TokenStream
 from ..data.tokenizer import SpecialIds, special_ids
 from ..device import environment, has_gpu, matmul_rate, pick_device, pick_dtype
-from ..errors import UserError
+from ..errors import TrainingFailed, UserError
 from ..evaluate.mlm import Example, HeldOut, fill_examples
 from ..kernels import OPERATORS, choose
 from ..model import Bert
 from .checkpoint import save_model, write_json
-from .loop import BatchPlan, Setup, State, Stopped, StopSignals, Trainer, TrainingFailed
+from .loop import Setup, State, Stopped, StopSignals, Trainer
 from .optimizer import adamw
+from .plan import BatchPlan, plan_batch
 from .progress import Display, duration, plot_loss
-from .schedule import suitable_batch
 from .step import TrainStep
-
-_CPU_MICROBATCH_TOKENS = 4096
-_MOST_MICROBATCH_TOKENS = 65_536
-_TOKENS_PER_GIB = 1024
 
 
 def pretrain(options: PretrainOptions) -> int:
@@ -51,17 +47,8 @@ def _pretrain(options: PretrainOptions, display: Display, signals: StopSignals) 
     dtype = pick_dtype(device, options.dtype)
     _check_operators(device)
     options = replace(options, device=device.type, dtype=str(dtype).removeprefix("torch."))
-    cache = options.run.cache or default_cache()
-    began = time.monotonic()
-    with display.preparing() as report:
-        dataset = prepare(options.text, cache.expanduser(), report, display.say)
+    dataset = _open_dataset(options, display)
     config = replace(PRESETS[options.preset], vocab_size=dataset.vocab_size)
-    train = dataset.manifest["splits"]["train"]
-    display.say(
-        f"{train['tokens']:,} tokens of {train['documents']:,} documents, {dataset.vocab_size:,} word pieces "
-        f"(in {time.monotonic() - began:.1f} s, {dataset.folder})"
-    )
-
     settings = _settings(options, dataset)
     folder = options.run.out or Path("runs") / f"{options.preset}-{_digest(settings)[:8]}"
     decided = _open_folder(folder, settings)
@@ -71,19 +58,7 @@ def _pretrain(options: PretrainOptions, display: Display, signals: StopSignals) 
         return 0
     special = special_ids(dataset.tokenizer)
     setup = _set_up(options, config, dataset, special, folder, device, dtype, decided, display)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(
-            folder / "config.json",
-            {
-                "settings": settings,
-                "decided": asdict(setup.plan),
-                "model": asdict(config),
-                "environment": environment(device),
-            },
-        )
-    except OSError as error:
-        raise UserError(f"--out {folder}: {error.strerror}") from error
+    _write_config(setup, settings, device)
     trainer = Trainer(setup, display, signals)
     _print_start(display, setup, trainer.state)
     try:
@@ -95,6 +70,19 @@ def _pretrain(options: PretrainOptions, display: Display, signals: StopSignals) 
     _finish(setup, trainer.state, heldout_loss, dataset, special)
     _print_summary(display, folder, dataset)
     return 0
+
+
+def _open_dataset(options: PretrainOptions, display: Display) -> Dataset:
+    began = time.monotonic()
+    cache = options.run.cache or default_cache()
+    with display.preparing() as report:
+        dataset = prepare(options.text, cache.expanduser(), report, display.say)
+    train = dataset.manifest["splits"]["train"]
+    display.say(
+        f"{train['tokens']:,} tokens of {train['documents']:,} documents, {dataset.vocab_size:,} word pieces "
+        f"(in {time.monotonic() - began:.1f} s, {dataset.folder})"
+    )
+    return dataset
 
 
 def _check_operators(device: torch.device) -> None:
@@ -118,7 +106,7 @@ def _digest(settings: dict) -> str:
 
 
 def _open_folder(folder: Path, settings: dict) -> BatchPlan | None:
-    """Make the folder of the run, or check that it holds a run with these settings; then return its batch plan."""
+    """Check that `folder` is free, or holds a run with these settings; then return that run's batch plan."""
     path = folder / "config.json"
     if path.is_file():
         try:
@@ -139,7 +127,22 @@ def _open_folder(folder: Path, settings: dict) -> BatchPlan | None:
     return None
 
 
-def _differences(stored: dict, now: dict, prefix: str = "") -> list[str]:
+def _write_config(setup: Setup, settings: dict, device: torch.device) -> None:
+    """Make the folder of the run and write its config.json."""
+    config = {
+        "settings": settings,
+        "decided": asdict(setup.plan),
+        "model": asdict(setup.step.model.config),
+        "environment": environment(device),
+    }
+    try:
+        setup.folder.mkdir(parents=True, exist_ok=True)
+        write_json(setup.folder / "config.json", config)
+    except OSError as error:
+        raise UserError(f"--out {setup.folder}: {error.strerror}") from error
+
+
+def _differences(stored: dict, now: dict) -> list[str]:
     found = []
     for name in stored.keys() | now.keys():
         there, here = stored.get(name), now.get(name)
@@ -167,7 +170,7 @@ def _set_up(
     step = TrainStep(model, adamw(model, options.optimizer), special, options.optimizer.clip, dtype, options.seed)
     stream, heldout = dataset.split("train"), dataset.split("heldout")
     pieces = _pieces(stream, options, dataset, special)
-    plan = decided or _plan(options, step, stream, pieces, display)
+    plan = decided or plan_batch(options, step, stream, pieces, display.say)
     length = options.batches.max_length
     batch = plan.unit * plan.units
     if not round(options.batches.mask_rate * plan.unit * length):
@@ -198,65 +201,6 @@ def _pieces(stream: TokenStream, options: PretrainOptions, dataset: Dataset, spe
         return DocumentPieces(stream, batches.max_length, options.seed, special.cls)
     full_stop = dataset.tokenizer.token_to_id(".")
     return PackedPieces(stream, batches.max_length, options.seed, batches.order, -1 if full_stop is None else full_stop)
-
-
-def _plan(
-    options: PretrainOptions, step: TrainStep, stream: TokenStream, pieces: PieceSource, display: Display
-) -> BatchPlan:
-    """The microbatch that the device is given at first, and how many of them make the batch."""
-    length = options.batches.max_length
-    largest = options.batches.microbatch_size or max(1, _microbatch_tokens(step.device) // length)
-    batch = options.batches.batch_size
-    if batch is None:
-        total = _expected_tokens(options, step, stream, pieces, min(largest * length, len(stream)))
-        batch = max(1, min(suitable_batch(total), len(stream)) // length)
-    units = -(-batch // largest)
-    if options.batches.batch_size is None:
-        return BatchPlan(batch // units, units)
-    unit = -(-batch // units)
-    if unit * units != batch:
-        display.say(f"the batch is {unit * units} sequences instead of {batch}: {units} microbatches of {unit}")
-    return BatchPlan(unit, units)
-
-
-def _microbatch_tokens(device: torch.device) -> int:
-    if device.type == "cpu":
-        return _CPU_MICROBATCH_TOKENS
-    memory_gib = torch.cuda.get_device_properties(device).total_memory / 2**30
-    return min(_MOST_MICROBATCH_TOKENS, int(memory_gib * _TOKENS_PER_GIB))
-
-
-def _expected_tokens(
-    options: PretrainOptions, step: TrainStep, stream: TokenStream, pieces: PieceSource, tokens: int
-) -> float:
-    """Tokens that the budget will pay for; a budget of time is converted by timing three microbatches of `tokens`."""
-    budget, batches = Budget.parse(options.budget), options.batches
-    if budget.unit == "tokens":
-        return budget.amount
-    if budget.unit == "flops":
-        return budget.amount / step.model.config.flops_per_token(batches.mask_rate, batches.max_length)
-    while True:
-        try:
-            return budget.amount * _tokens_per_second(step, stream, pieces, tokens, batches)
-        except torch.OutOfMemoryError:
-            step.reset()
-            torch.cuda.empty_cache()
-            tokens //= 2
-            if tokens < batches.max_length:
-                raise TrainingFailed("out of memory with one sequence: choose a smaller --preset") from None
-
-
-def _tokens_per_second(step: TrainStep, stream: TokenStream, pieces: PieceSource, tokens: int, batches) -> float:
-    batch = BatchBuilder(stream, pieces, tokens, batches.max_length).build(Cursor())
-    times = []
-    for number in range(4):
-        start = time.perf_counter()
-        step.accumulate(batch, batches.mask_rate, number, 1.0)
-        if step.device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    step.reset()
-    return tokens / min(times[1:])
 
 
 def _finish(setup: Setup, state: State, heldout_loss: float, dataset: Dataset, special: SpecialIds) -> None:

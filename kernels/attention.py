@@ -70,7 +70,7 @@ def varlen_attention(
     (>= max_seqlen, D/2), the rotary tables. softmax_scale: 1/sqrt(D) unless given. window: a token sees
     those at most this many places away on either side. dropout_p: applied to the attention weights.
     """
-    run = pick("varlen_attention", qkv.device, varlen_attention_reference)
+    run = pick("varlen_attention", qkv, varlen_attention_reference)
     return run(
         qkv,
         cu_seqlens,

@@ -76,7 +76,7 @@ def mask_tokens(
     """
     if not 0 <= count <= input_ids.numel():
         raise ValueError(f"mask_tokens: count {count} is outside 0..{input_ids.numel()}, the number of tokens")
-    run = pick("mask_tokens", input_ids.device, mask_tokens_reference)
+    run = pick("mask_tokens", input_ids, mask_tokens_reference)
     return run(
         input_ids,
         cu_seqlens,

@@ -33,5 +33,5 @@ def mlm_loss(
     positions (M,) names the rows (None: all of them, M = T); weight (V, C) and bias (V,) are the decoder. Labels equal
     to `ignore_index` do not count; with none left the loss is 0. Returns an fp32 scalar (fp64 for fp64 input).
     """
-    run = pick("mlm_loss", hidden.device, mlm_loss_reference)
+    run = pick("mlm_loss", hidden, mlm_loss_reference)
     return run(hidden, weight, labels, positions, bias, ignore_index=ignore_index)

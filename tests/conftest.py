@@ -3,6 +3,15 @@
 import pytest
 import torch
 
+NATIVE = torch.cuda.is_available()
+
+with pytest.MonkeyPatch.context() as patch:
+    # triton.jit decides when it decorates a kernel whether that is compiled or interpreted. Afterwards the variable is
+    # as it was: on a CPU the other tests run the reference, and so do the processes they start.
+    if not NATIVE:
+        patch.setenv("TRITON_INTERPRET", "1")
+    import cramfast.kernels  # noqa: F401
+
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
@@ -14,3 +23,11 @@ def one_thread():
 def reference(monkeypatch):
     """Runs the operators' references, whatever the environment says."""
     monkeypatch.setenv("CRAMFAST_KERNELS", "reference")
+
+
+@pytest.fixture
+def triton_kernels(monkeypatch):
+    """Runs the operators' Triton kernels: on a GPU where there is one, else interpreted."""
+    monkeypatch.setenv("CRAMFAST_KERNELS", "triton")
+    if not NATIVE:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")

@@ -34,6 +34,12 @@ def randn(*shape, dtype=torch.float64, seed=0):
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
+def norm_parameters(hidden, dtype, seed=1):
+    """Weight and bias beside activations of `dtype`: in that, or in fp32 beside narrow ones."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return 1 + randn(hidden, dtype=wide, seed=seed), randn(hidden, dtype=wide, seed=seed + 1)
+
+
 def boundaries(lengths):
     return torch.tensor((0, *lengths)).cumsum(0).int()
 
@@ -102,7 +108,7 @@ def rotary(positions, head_size, theta=100.0):
 @pytest.mark.parametrize("total", TOKENS)
 def test_layer_norm(total, hidden, dtype):
     x = 2 * randn(total, hidden, dtype=dtype) + 1
-    weight, bias = 1 + randn(hidden, seed=1), randn(hidden, seed=2)
+    weight, bias = norm_parameters(hidden, dtype)
     for b in (bias, None):
         # In the wide dtypes mean, variance, quotient, product and sum each round once, in a narrow one the result.
         roundings = 1 if dtype.itemsize == 2 else 5
@@ -114,7 +120,7 @@ def test_layer_norm(total, hidden, dtype):
 @pytest.mark.parametrize("total", TOKENS)
 def test_add_layer_norm(total, hidden, dtype):
     x, residual = randn(total, hidden, dtype=dtype), randn(total, hidden, dtype=dtype, seed=1)
-    weight, bias = 1 + randn(hidden, seed=2), randn(hidden, seed=3)
+    weight, bias = norm_parameters(hidden, dtype, seed=2)
     for b in (bias, None):
         y, s = add_layer_norm(x, residual, weight, b, 1e-5)
         assert_close(s, x.double() + residual.double(), dtype, 1)
@@ -183,7 +189,7 @@ def test_embed(total, hidden, dtype):
     ids = torch.arange(total) * 7 % 50
     places = torch.arange(total) * 3 % 20
     weight, position_weight = randn(50, hidden, dtype=dtype), randn(20, hidden, dtype=dtype, seed=1)
-    norm_weight, norm_bias = 1 + randn(hidden, seed=2), randn(hidden, seed=3)
+    norm_weight, norm_bias = norm_parameters(hidden, dtype, seed=2)
     rows = weight.double()[ids]
     plain = embed(ids, weight, norm_weight, eps=1e-5)
     # As layer_norm.
@@ -385,15 +391,21 @@ def test_sequence_positions(lengths):
 
 
 IDS = torch.arange(6)
+
+
+def floats(*shape):
+    return randn(*shape, dtype=torch.float32)
+
+
 CALLS = {
-    "embed": lambda: embed(IDS, randn(6, 8), randn(8)),
-    "layer_norm": lambda: layer_norm(randn(3, 8), randn(8)),
-    "add_layer_norm": lambda: add_layer_norm(randn(3, 8), randn(3, 8), randn(8)),
-    "gelu": lambda: gelu(randn(3, 8)),
-    "geglu": lambda: geglu(randn(3, 8)),
-    "varlen_attention": lambda: varlen_attention(randn(6, 3, 1, 8), boundaries((2, 4)), 4),
+    "embed": lambda: embed(IDS, floats(6, 8), floats(8)),
+    "layer_norm": lambda: layer_norm(floats(3, 8), floats(8)),
+    "add_layer_norm": lambda: add_layer_norm(floats(3, 8), floats(3, 8), floats(8)),
+    "gelu": lambda: gelu(floats(3, 8)),
+    "geglu": lambda: geglu(floats(3, 8)),
+    "varlen_attention": lambda: varlen_attention(floats(6, 3, 1, 8), boundaries((2, 4)), 4),
     "mask_tokens": lambda: mask_tokens(IDS, boundaries((2, 4)), 2, mask_id=0, ordinary=(1, 6), seed=0),
-    "mlm_loss": lambda: mlm_loss(randn(6, 8), randn(9, 8), IDS),
+    "mlm_loss": lambda: mlm_loss(floats(6, 8), floats(9, 8), IDS),
 }
 
 
@@ -414,6 +426,11 @@ def test_triton_that_cannot_run_says_why(monkeypatch, operator):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match=rf"\b{operator} cannot run as Triton: (no Triton kernel yet|cpu device)"):
         CALLS[operator]()
+
+
+def test_triton_that_cannot_run_in_fp64_says_so(triton_kernels):
+    with pytest.raises(RuntimeError, match="gelu cannot run as Triton: no kernel for float64"):
+        gelu(randn(3, 8))
 
 
 @pytest.mark.parametrize("operator", CALLS)

@@ -209,3 +209,21 @@ def test_every_operator_and_its_reference_are_public():
     names = {*operators, *(f"{name}_reference" for name in operators)}
     assert names <= set(cramfast.kernels.__all__)
     assert all(callable(getattr(cramfast.kernels, name)) for name in names)
+
+
+@pytest.mark.slow
+def test_without_triton_the_references_work():
+    run(
+        sys.executable,
+        "-c",
+        "import sys\n"
+        "sys.modules['triton'] = None\n"
+        "import torch\n"
+        "from cramfast.kernels import OPERATORS, choose\n"
+        "from cramfast.layers import FusedGEGLU, FusedLayerNorm\n"
+        "y = FusedGEGLU()(FusedLayerNorm(8)(torch.randn(3, 8)))\n"
+        "assert y.shape == (3, 4)\n"
+        "reasons = {choose(name, torch.device('cuda')).reason for name in OPERATORS}\n"
+        "assert reasons == {'triton is not installed', 'no Triton kernel yet'}, reasons",
+        cwd=ROOT,
+    )

@@ -1,0 +1,88 @@
+"""Checks of operators' arguments, made before anything is launched. Each error is one line that names the argument."""
+
+from collections.abc import Sequence
+
+import torch
+
+
+def expect_floating(operator: str, name: str, tensor: torch.Tensor) -> None:
+    """Raises TypeError unless the dtype is floating."""
+    if not tensor.is_floating_point():
+        raise TypeError(f"{operator}: {name} is {_say(tensor.dtype)}, expected a floating dtype")
+
+
+def expect_rows(operator: str, name: str, tensor: torch.Tensor, limit: int) -> int:
+    """The size of the last dimension, 1 to `limit`. Raises TypeError unless the dtype is floating, else ValueError."""
+    expect_floating(operator, name, tensor)
+    width = tensor.shape[-1] if tensor.dim() else 0
+    if not 1 <= width <= limit:
+        shape = tuple(tensor.shape)
+        raise ValueError(f"{operator}: {name} has shape {shape}, expected a last dimension from 1 to {limit}")
+    return width
+
+
+def expect_even(operator: str, name: str, tensor: torch.Tensor) -> None:
+    """Raises TypeError unless the dtype is floating, ValueError unless the last dimension is even and not 0."""
+    expect_floating(operator, name, tensor)
+    width = tensor.shape[-1] if tensor.dim() else 0
+    if width == 0 or width % 2:
+        raise ValueError(f"{operator}: {name} has shape {tuple(tensor.shape)}, expected an even last dimension")
+
+
+def expect_choice(operator: str, name: str, value: str, choices: Sequence[str]) -> None:
+    """Raises ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{operator}: {name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
+
+
+def expect_like(operator: str, name: str, tensor: torch.Tensor, shape: Sequence[int], like: torch.Tensor) -> None:
+    """Raises ValueError when `tensor` has another shape or device, TypeError when another dtype, than it should."""
+    _expect_shape(operator, name, tensor, shape)
+    _expect_device(operator, name, tensor, like)
+    if tensor.dtype != like.dtype:
+        raise TypeError(f"{operator}: {name} is {_say(tensor.dtype)}, expected {_say(like.dtype)}")
+
+
+def expect_parameter(operator: str, name: str, tensor: torch.Tensor, shape: Sequence[int], like: torch.Tensor) -> None:
+    """As `expect_like`, but a parameter may also be float32 beside 16-bit activations."""
+    _expect_shape(operator, name, tensor, shape)
+    _expect_device(operator, name, tensor, like)
+    if tensor.dtype != like.dtype and not (tensor.dtype == torch.float32 and like.dtype.itemsize == 2):
+        wide = " or float32" if like.dtype.itemsize == 2 else ""
+        raise TypeError(f"{operator}: {name} is {_say(tensor.dtype)}, expected {_say(like.dtype)}{wide}")
+
+
+def expect_table(operator: str, name: str, tensor: torch.Tensor, limit: int) -> int:
+    """The row width of a table. Raises as `expect_rows`, and ValueError unless it has two dimensions."""
+    if tensor.dim() != 2:
+        raise ValueError(f"{operator}: {name} has shape {tuple(tensor.shape)}, expected (rows, columns)")
+    return expect_rows(operator, name, tensor, limit)
+
+
+def expect_dtype(operator: str, dtype: torch.dtype, like: torch.Tensor) -> None:
+    """Raises TypeError unless `dtype`, that of a result, is floating and float64 only where `like` is."""
+    if not dtype.is_floating_point or (dtype.itemsize == 8 and like.dtype != dtype):
+        raise TypeError(f"{operator}: dtype is {_say(dtype)}, expected {_say(like.dtype)}, float32 or a 16-bit one")
+
+
+def expect_indices(operator: str, name: str, tensor: torch.Tensor, like: torch.Tensor) -> None:
+    """Raises TypeError unless `tensor` is int32 or int64, ValueError unless it is (T,) on the device of `like`."""
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{operator}: {name} is {_say(tensor.dtype)}, expected int32 or int64")
+    if tensor.dim() != 1:
+        raise ValueError(f"{operator}: {name} has shape {tuple(tensor.shape)}, expected (T,)")
+    _expect_device(operator, name, tensor, like)
+
+
+def _expect_shape(operator: str, name: str, tensor: torch.Tensor, shape: Sequence[int]) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"{operator}: {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+
+
+def _expect_device(operator: str, name: str, tensor: torch.Tensor, like: torch.Tensor) -> None:
+    if tensor.device != like.device:
+        raise ValueError(f"{operator}: {name} is on {tensor.device}, expected {like.device} like the other tensors")
+
+
+def _say(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

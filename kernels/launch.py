@@ -1,0 +1,123 @@
+"""Starting a Triton kernel: one object that compiles ahead for any card and starts with little host time.
+
+`kernel[grid](...)` of Triton works out on each call which compiled version fits the arguments, which takes longer than
+the small kernels here run. A `Launch` fixes types, constants and warps once, so a call only collects addresses.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .language import ASTSource, driver, triton
+
+_TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int16: "i16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+_ALIGNMENT = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """A kernel with everything decided but its arguments.
+
+    The kernel's parameters come in this order: tensors, whose dtypes `pointers` gives (None: that one is absent),
+    scalars, whose Triton types `scalars` gives, and the compile-time `constants`.
+    """
+
+    kernel: Callable
+    pointers: tuple[torch.dtype | None, ...]
+    scalars: tuple[str, ...]
+    constants: dict[str, object]
+    num_warps: int
+    _loaded: dict = field(default_factory=dict, repr=False)
+
+    def __call__(self, grid: int, *arguments) -> None:
+        """Run `grid` programs on the current stream of the first tensor's device; nothing for tensors without data.
+
+        arguments: the tensors (or None where absent), then the scalars.
+        """
+        tensor = arguments[0]
+        if isinstance(tensor, FakeTensor) or grid == 0:
+            return
+        device = tensor.get_device()
+        if device < 0:
+            if not tensor.is_meta:  # the interpreter's turn
+                self.kernel[(grid,)](*arguments, **self.constants, num_warps=self.num_warps)
+            return
+        cuda = driver.active
+        if device != cuda.get_current_device():
+            with torch.cuda.device(device):
+                return self(grid, *arguments)
+        count, bits = len(self.pointers), 0
+        addresses = [None if tensor is None else tensor.data_ptr() for tensor in arguments[:count]]
+        for address in addresses:
+            bits |= address or 0
+        key = (device, bits % _ALIGNMENT == 0)
+        loaded = self._loaded.get(key)
+        if loaded is None:
+            loaded = self._loaded[key] = self._load(aligned=key[1])
+        run, function, metadata, constants = loaded
+        stream = cuda.get_current_stream(device)
+        run(grid, 1, 1, stream, function, metadata, None, None, None, *addresses, *arguments[count:], *constants)
+
+    def compile(self, target, aligned: bool = True):
+        """The kernel compiled for `target`, a triton GPUTarget that need not be at hand, as a triton CompiledKernel.
+        aligned: every tensor starts at a multiple of 16 bytes, which vector loads need."""
+        types = [None if dtype is None else f"*{_TYPES[dtype]}" for dtype in self.pointers]
+        names = self.kernel.arg_names
+        absent = {name: None for name, type_ in zip(names, types, strict=False) if type_ is None}
+        types = ["constexpr" if type_ is None else type_ for type_ in types]
+        signature = dict(zip(names, [*types, *self.scalars, *("constexpr" for _ in self.constants)], strict=True))
+        present = (i for i, dtype in enumerate(self.pointers) if dtype is not None)
+        attributes = {(i,): [["tt.divisibility", _ALIGNMENT]] for i in present} if aligned else {}
+        source = ASTSource(self.kernel, signature, absent | self.constants, attributes)
+        return triton.compile(source, target=target, options={"num_warps": self.num_warps})
+
+    def _load(self, aligned: bool):
+        compiled = self.compile(driver.active.get_current_target(), aligned)
+        run = compiled.run  # loads the binary, which `function` needs
+        return run, compiled.function, compiled.packed_metadata, tuple(self.constants.values())
+
+
+def ceil_div(a: int, b: int) -> int:
+    """How many pieces of size `b` cover `a`; triton.cdiv takes longer than a launch."""
+    return -(-a // b)
+
+
+def dtype_of(tensor: torch.Tensor | None) -> torch.dtype | None:
+    """The entry for `tensor` in `Launch.pointers`."""
+    return None if tensor is None else tensor.dtype
+
+
+def contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Each tensor laid out without gaps, as the kernels read them; a copy only where it is not already."""
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+@functools.lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs `device` runs side by side at the least; 1 where the interpreter stands in for a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+_catalogues: list[Callable[[torch.dtype], Iterable[Launch]]] = []
+
+
+def catalogue(launches: Callable[[torch.dtype], Iterable[Launch]]) -> Callable[[torch.dtype], Iterable[Launch]]:
+    """Decorates a function that gives, for activations of a dtype, the kernels of its file as the models use them."""
+    _catalogues.append(launches)
+    return launches
+
+
+def every_launch(dtype: torch.dtype) -> Iterator[Launch]:
+    """Every kernel of every operator as the models use it, to be compiled ahead of time."""
+    for launches in _catalogues:
+        yield from launches(dtype)

@@ -1,0 +1,92 @@
+"""One operator, two entrances.
+
+`torch.compile`, `torch.library.opcheck` and everything that intercepts operators see `torch.ops.cramfast.NAME`. Eager
+code enters through an autograd function around the same kernels: the dispatcher's way through Python costs more host
+time than the kernels take on the GPU.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from .dispatch import register
+
+_library = torch.library.Library("cramfast", "FRAGMENT")
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def define(name: str, schema: str, implementation: Callable):
+    """`torch.ops.cramfast.NAME` with this signature in torch's schema language, on every device.
+
+    `implementation` serves as its own shape function: on tensors without data it allocates, and `Launch` does nothing.
+    A result that it leaves out (None) is an empty tensor here, since a schema has no optional results.
+    """
+
+    def complete(*arguments):
+        results = [arguments[0].new_empty(0) if r is None else r for r in implementation(*arguments)]
+        return results[0] if len(results) == 1 else tuple(results)
+
+    _library.define(name + schema)
+    _library.impl(name, complete, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"cramfast::{name}", complete, lib=_library)
+    return getattr(torch.ops.cramfast, name).default
+
+
+class Operator:
+    """An operator with a gradient.
+
+    forward(*inputs) returns a tuple of which the caller gets the first `outputs`; save(ctx, inputs, results) keeps what
+    the backward pass needs; gradients(ctx, backward, *grads) returns one gradient for each input by calling `backward`:
+    of the pair given, the plain function in eager code and the operator elsewhere.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        *,
+        forward: Callable,
+        save: Callable,
+        backward: tuple[Callable, Callable],
+        gradients: Callable,
+        outputs: int = 1,
+    ):
+        backward, backward_op = backward
+        self.outputs = outputs
+        self.op = define(name, schema, forward)
+        torch.library.register_autograd(
+            f"cramfast::{name}",
+            lambda ctx, *grads: gradients(ctx, lambda *arguments: _tuple(backward_op(*arguments)), *grads),
+            setup_context=lambda ctx, inputs, output: save(ctx, inputs, _tuple(output)),
+            lib=_library,
+        )
+        function = _autograd_function(name, forward, save, backward, gradients, outputs)
+        # Past the Python around it, which serves functorch alone.
+        self.apply = super(torch.autograd.Function, function).apply
+        register(name, self)
+
+    def __call__(self, *inputs):
+        if type(inputs[0]) not in _PLAIN or torch.compiler.is_compiling():
+            results = _tuple(self.op(*inputs))
+            return results[0] if self.outputs == 1 else results[: self.outputs]
+        return self.apply(*inputs)
+
+
+def _tuple(results) -> tuple:
+    """What an operator of torch returns, as a tuple: it unpacks those of one."""
+    return (results,) if isinstance(results, torch.Tensor) else results
+
+
+def _autograd_function(name, forward, save, backward, gradients, outputs) -> type[torch.autograd.Function]:
+    def forward_and_save(ctx, *inputs):
+        results = forward(*inputs)
+        save(ctx, inputs, results)
+        return results[0] if outputs == 1 else results[:outputs]
+
+    def load_and_backward(ctx, *grads):
+        if torch.is_grad_enabled():  # someone asked for create_graph=True
+            raise RuntimeError(f"{name}: its kernels cannot be differentiated twice; CRAMFAST_KERNELS=reference can")
+        return gradients(ctx, backward, *grads)
+
+    methods = {"forward": staticmethod(forward_and_save), "backward": staticmethod(load_and_backward)}
+    return type(name, (torch.autograd.Function,), methods)

@@ -1,0 +1,127 @@
+"""Every operator against its reference, on the device at hand: outputs and all gradients, in every dtype it has kernels
+for.
+
+The rule is that of the tests: against the definition in float64, the kernel errs at most twice as much as plain PyTorch
+does in the same dtype, by relative L2 error.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from .dispatch import DTYPES, OPERATORS, choose
+from .embed import embed, embed_reference
+from .gelu import geglu, geglu_reference, gelu, gelu_reference
+from .layer_norm import add_layer_norm, add_layer_norm_reference, layer_norm, layer_norm_reference
+
+# Neither tokens nor width are a multiple of a tile, so that the masks are in the test. The interpreter is slow.
+_TOKENS = {"cuda": 1000, "cpu": 100}
+_WIDTH = 776
+_VOCABULARY, _POSITIONS = 300, 50
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one operator did in one dtype. `worst`: its largest error as a multiple of the allowed one, 1 or less when
+    it is right, NaN when a result is; None when it was not run, `reason` says why."""
+
+    operator: str
+    dtype: torch.dtype | None
+    worst: float | None
+    seconds: float = 0.0
+    reason: str = ""
+
+    @property
+    def wrong(self) -> bool:
+        return self.worst is not None and not self.worst <= 1
+
+
+def selftest(device: torch.device) -> Iterator[Finding]:
+    """One finding for each operator and dtype. Those without a kernel on `device` are not run."""
+    for operator in OPERATORS:
+        choices = {dtype: choose(operator, device, dtype) for dtype in DTYPES}
+        if all(choice.backend == "reference" for choice in choices.values()):
+            yield Finding(operator, None, None, reason=f"reference ({choices[DTYPES[0]].reason})")
+            continue
+        for dtype, choice in choices.items():
+            if choice.backend == "reference":
+                yield Finding(operator, dtype, None, reason=f"reference ({choice.reason})")
+            else:
+                start = time.perf_counter()
+                worst = _worst_error(*_CASES[operator], device, dtype)
+                yield Finding(operator, dtype, worst, time.perf_counter() - start)
+
+
+def _worst_error(kernel, reference, make: Callable, device: torch.device, dtype: torch.dtype) -> float:
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    inputs = make(draw, _TOKENS[device.type])
+    exact = _results(reference, {name: _widen(tensor) for name, tensor in inputs.items()})
+    plain, ours = _results(reference, inputs), _results(kernel, inputs)
+    # Rounding a result once makes an error of about eps / 4: less is luck, in zeros for example.
+    least = torch.finfo(dtype).eps / 4
+    ratios = [_error(o, e) / (2 * max(_error(p, e), least)) for o, p, e in zip(ours, plain, exact, strict=True)]
+    return max(ratios, key=lambda ratio: (ratio != ratio, ratio))
+
+
+def _results(function: Callable, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Outputs, and gradients of all floating inputs for output gradients that are the same in every dtype."""
+    inputs = {name: tensor.detach().requires_grad_(tensor.is_floating_point()) for name, tensor in inputs.items()}
+    outputs = function(**inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    given = [_weights(output) for output in outputs]
+    return [*outputs, *torch.autograd.grad(outputs, [t for t in inputs.values() if t.requires_grad], given)]
+
+
+def _weights(output: torch.Tensor) -> torch.Tensor:
+    """Values from -1 to 1 in steps that every dtype holds."""
+    steps = torch.arange(output.numel(), device=output.device) * 37 % 65
+    return ((steps - 32) / 32).view_as(output).to(output.dtype)
+
+
+def _widen(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _error(result: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((result.double() - exact).norm() / exact.norm()).item()
+
+
+def _norm_inputs(draw, tokens):
+    return {"x": draw(tokens, _WIDTH), "weight": draw(_WIDTH), "bias": draw(_WIDTH)}
+
+
+def _add_norm_inputs(draw, tokens):
+    return _norm_inputs(draw, tokens) | {"residual": draw(tokens, _WIDTH)}
+
+
+def _activation_inputs(draw, tokens):
+    return {"x": draw(tokens, 2 * _WIDTH)}
+
+
+def _embed_inputs(draw, tokens):
+    weight = draw(_VOCABULARY, _WIDTH)
+    token = torch.arange(tokens, device=weight.device)
+    return {
+        # A third of the tokens use one row, as the mask token's is used.
+        "input_ids": torch.where(token % 3 == 0, 4, token * 7 % _VOCABULARY),
+        "weight": weight,
+        "norm_weight": draw(_WIDTH),
+        "norm_bias": draw(_WIDTH),
+        "position_ids": token % _POSITIONS,
+        "position_weight": draw(_POSITIONS, _WIDTH),
+    }
+
+
+_CASES = {
+    "embed": (embed, embed_reference, _embed_inputs),
+    "layer_norm": (layer_norm, layer_norm_reference, _norm_inputs),
+    "add_layer_norm": (add_layer_norm, add_layer_norm_reference, _add_norm_inputs),
+    "gelu": (gelu, gelu_reference, _activation_inputs),
+    "geglu": (geglu, geglu_reference, _activation_inputs),
+}

@@ -1,0 +1,157 @@
+"""Every kernel compiled ahead for every card, on any machine: it must fit, and nothing may spill from its registers.
+
+The compiling happens in processes of its own: here the kernels are interpreted ones where there is no GPU.
+"""
+
+import contextlib
+import io
+import multiprocessing
+import os
+import re
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+
+from cramfast import kernels
+from cramfast.kernels import OPERATORS, Launch, every_launch
+
+# Shared memory that a block may have, by compute capability: CUDA C++ Programming Guide, technical specifications.
+SHARED_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+REGISTERS_PER_MULTIPROCESSOR = 65_536
+REGISTERS_PER_THREAD = 255
+DTYPES = {
+    75: (torch.float32, torch.float16),
+    80: (torch.float32, torch.float16, torch.bfloat16),
+    **dict.fromkeys((86, 89, 90, 100, 120), (torch.float32, torch.bfloat16)),
+}
+WORKERS = min(4, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class Use:
+    """What a compiled kernel takes: registers of a thread, bytes of shared memory of a block, bytes spilled."""
+
+    kernel: str
+    threads: int
+    registers: int
+    shared: int
+    spilled: int
+
+    def faults(self, capability: int) -> list[str]:
+        """Why it does not suit cards of this compute capability; nothing if it does."""
+        # Registers are handed to a warp 8 a thread at a time.
+        registers = -(-self.registers // 8) * 8 * self.threads
+        found = {
+            f"spills {self.spilled} bytes": self.spilled > 0,
+            f"takes {self.registers} registers a thread": self.registers > REGISTERS_PER_THREAD,
+            f"takes {registers} registers a block": registers > REGISTERS_PER_MULTIPROCESSOR,
+            f"takes {self.shared} bytes of shared memory": self.shared > SHARED_KIB[capability] * 1024,
+        }
+        return [f"{self.kernel} on {capability} {fault}" for fault, holds in found.items() if holds]
+
+
+def use_of(launch: Launch, capability: int, aligned: bool = True) -> Use:
+    """Compiles `launch` and reads the report of ptxas, which triton prints on request."""
+    log = io.StringIO()
+    # A kernel from the cache would come without a report.
+    with contextlib.redirect_stdout(log), knobs.nvidia.scope(), knobs.compilation.scope():
+        knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True
+        compiled = launch.compile(GPUTarget("cuda", capability, 32), aligned)
+    (registers,) = re.findall(r"Used (\d+) registers", log.getvalue())
+    (spills,) = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log.getvalue())
+    constants = ", ".join(f"{name}={value}" for name, value in launch.constants.items())
+    return Use(
+        kernel=f"{launch.kernel.fn.__module__.split('.')[-1]}.{launch.kernel.__name__}({constants})",
+        threads=32 * launch.num_warps,
+        registers=int(registers),
+        shared=compiled.metadata.shared,
+        spilled=max(map(int, spills)),
+    )
+
+
+def uses(dtype: torch.dtype, capability: int, aligned: bool, worker: int) -> list[Use]:
+    """One worker's share of the catalogue."""
+    return [use_of(launch, capability, aligned) for launch in [*every_launch(dtype)][worker::WORKERS]]
+
+
+@triton.jit
+def _wide_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    """Needs all of its values at once."""
+    place = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + place)
+    tl.store(y_ptr + place, x / tl.sum(x, 0))
+
+
+@triton.jit
+def _turning_kernel(x_ptr, y_ptr, SIZE: tl.constexpr):
+    """Passes a square tile from rows to columns of threads, through shared memory."""
+    row, column = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
+    x = tl.load(x_ptr + row * SIZE + column)
+    tl.store(y_ptr + row * SIZE + column, tl.trans(x))
+
+
+def use_of_bad_kernel(name: str, constants: dict[str, int], num_warps: int) -> Use:
+    launch = Launch(globals()[name], (torch.float32, torch.float32), (), constants, num_warps)
+    return use_of(launch, 80)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn")) as workers:
+            yield workers
+
+
+def faults(pool, dtype: torch.dtype, capability: int, aligned: bool) -> list[str]:
+    """Those of the whole catalogue."""
+    shares = pool.map(uses, *zip(*((dtype, capability, aligned, worker) for worker in range(WORKERS)), strict=True))
+    found = [use for share in shares for use in share]
+    assert len(found) == len([*every_launch(dtype)])
+    return [fault for use in found for fault in use.faults(capability)]
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [(card, dtype) for card in DTYPES for dtype in DTYPES[card]])
+def test_every_kernel_fits_every_card(pool, capability, dtype):
+    found = faults(pool, dtype, capability, aligned=True)
+    assert not found, "\n".join(found)
+
+
+def test_every_kernel_takes_tensors_that_start_anywhere(pool):
+    # That is rare: it must work, but loads of single elements may cost registers beyond those there are.
+    found = [fault for fault in faults(pool, torch.float16, 86, aligned=False) if "spills" not in fault]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.usefixtures("triton_kernels")
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_every_operator_with_kernels_has_them_compiled_here(operator, monkeypatch):
+    monkeypatch.setenv("CRAMFAST_KERNELS", "auto")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        files = {launch.kernel.fn.__module__ for launch in every_launch(dtype)}
+        has_kernels = kernels.choose(operator, device, dtype).backend == "triton"
+        assert has_kernels == (getattr(kernels, operator).__module__ in files)
+
+
+def test_a_kernel_that_spills_is_found(pool):
+    bad = pool.submit(use_of_bad_kernel, "_wide_kernel", {"BLOCK": 16_384}, num_warps=1).result()
+    (fault,) = bad.faults(80)
+    assert "_wide_kernel(BLOCK=16384) on 80 spills" in fault
+
+
+def test_a_kernel_with_too_much_shared_memory_is_found(pool):
+    bad = pool.submit(use_of_bad_kernel, "_turning_kernel", {"SIZE": 256}, num_warps=32).result()
+    assert [fault.split(" on ")[1] for fault in bad.faults(80)] == ["80 takes 262144 bytes of shared memory"]
+
+
+def test_too_many_registers_are_found():
+    assert Use("k", 512, 128, 0, 0).faults(90) == []
+    assert Use("k", 512, 129, 0, 0).faults(90) == ["k on 90 takes 69632 registers a block"]
+    assert Use("k", 32, 256, 0, 0).faults(90) == ["k on 90 takes 256 registers a thread"]

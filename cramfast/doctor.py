@@ -8,11 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import cli
+from .errors import UserError
 
 
 @dataclass(frozen=True)
 class DoctorOptions:
     """Report the card, the versions, which operators run as Triton kernels, and what is missing."""
+
+    test: bool = False
+    """Instead, run every operator against its reference on this card, in every dtype."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,6 +24,34 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _doctor(options: DoctorOptions) -> int:
+    return _test() if options.test else _report()
+
+
+def _test() -> int:
+    from rich.console import Console
+
+    from .device import device_class, pick_device
+    from .kernels import selftest
+
+    device, console = pick_device(), Console(highlight=False)
+    console.print(device_class(device) if device.type == "cuda" else "no CUDA device", markup=False)
+    tested = wrong = 0
+    with console.status("compiling"):
+        for finding in selftest(device):
+            name = f"{finding.operator:<18}{str(finding.dtype or '').removeprefix('torch.'):<10}"
+            if finding.worst is None:
+                console.print(f"{name}{finding.reason}", markup=False)
+                continue
+            verdict = "WRONG" if finding.wrong else "right"
+            error = f"{finding.worst:.0%} of the allowed error"
+            console.print(f"{name}{verdict}, {error}, {finding.seconds:.1f} s", markup=False)
+            tested, wrong = tested + 1, wrong + finding.wrong
+    if not tested:
+        raise UserError("--test: no operator runs as a kernel here; TRITON_INTERPRET=1 interprets them on a CPU")
+    return 1 if wrong else 0
+
+
+def _report() -> int:
     from rich.console import Console
     from rich.table import Table
 

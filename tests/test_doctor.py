@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -117,3 +118,38 @@ def test_wrong_flags_are_one_line():
     assert len(done.stderr.splitlines()) == 1
     assert "--cure" in done.stderr
     assert done.stdout == ""
+
+
+def test_testing_without_a_kernel_says_how_to_get_one():
+    done = doctor("--test")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "cramfast.doctor: --test: no operator runs as a kernel here; TRITON_INTERPRET=1 interprets them on a CPU"
+    ]
+    for name in OPERATORS:
+        assert re.search(rf"^{name} +reference \(.+\)$", done.stdout, re.MULTILINE)
+
+
+WRONG = """
+import sys, torch
+from cramfast import doctor
+from cramfast.kernels import selftest
+module = sys.modules["cramfast.kernels.selftest"]
+module.OPERATORS = ("gelu",)
+kernel, reference, inputs = module._CASES["gelu"]
+module._CASES["gelu"] = (lambda x: kernel(x) * (1 + FACTOR), reference, inputs)
+sys.exit(doctor.main(["--test"]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("factor", "code", "verdict"), [(0.0, 0, "right"), (0.5, 1, "WRONG"), (float("nan"), 1, "WRONG")]
+)
+def test_every_dtype_of_an_operator_is_right_or_wrong(factor, code, verdict):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+    environment["CRAMFAST_KERNELS"] = "auto"
+    script = WRONG.replace("FACTOR", f"float('{factor}')")
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    for dtype in ("float32", "float16"):
+        assert re.search(rf"^gelu +{dtype} +{verdict}, .+ of the allowed error, [\d.]+ s$", done.stdout, re.MULTILINE)

@@ -1,6 +1,8 @@
 """What is committed under bench/results holds what the project claims, and the README repeats it rightly."""
 
 import json
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,10 @@ import pytest
 from cramfast.train.progress import read_metrics
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # pytest puts tests/ there; the bench package lies in the root
+
+from bench import report  # noqa: E402
+
 H200 = ROOT / "bench" / "results" / "nvidia-h200"
 
 
@@ -38,3 +44,12 @@ def test_preparing_the_corpus_stays_within_its_limits():
     assert result["prepare_seconds"] <= 120
     assert result["prepare_peak_mib"] <= 1.5 * 1024
     assert min(result["loader_tokens_per_s"].values()) >= 5e6
+
+
+def test_the_readme_and_the_benchmark_results_agree():
+    assert report.disagreement(ROOT / "bench" / "results", ROOT / "README.md") is None
+
+
+def test_every_plot_that_the_readme_shows_is_there():
+    for plot in re.findall(r"\]\((bench/results/[^)]+\.png)\)", (ROOT / "README.md").read_text()):
+        assert (ROOT / plot).exists(), plot

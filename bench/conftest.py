@@ -1,0 +1,116 @@
+"""Options of the benchmark suite, the fixture that measures, and what happens at the end of a run."""
+
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+import pytest
+import pytest_benchmark
+import torch
+
+from cramfast.device import environment, pick_dtype
+
+from . import gpu, ledger, tables
+from .cases import Sizes, fit
+from .measure import measure
+
+_HERE = Path(__file__).parent
+# Host time is taken on these: many calls in the queue, next to no work for the GPU.
+_TINY = {"tokens": 64, "vocabulary": 256}
+_machine = pytest.StashKey[gpu.Gpu | None]()
+_lines = pytest.StashKey[list[str]]()
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("cramfast", "cramfast's benchmarks")
+    group.addoption("--tokens", type=int, default=Sizes.tokens, help="tokens in a batch (default: %(default)s)")
+    group.addoption(
+        "--dtype",
+        choices=("auto", "bfloat16", "float16", "float32"),
+        default="auto",
+        help="dtype of activations and parameters (default: bfloat16, or float16 where the card has no bfloat16)",
+    )
+    group.addoption(
+        "--results", type=Path, default=_HERE / "results", help="folder of the results (default: %(default)s)"
+    )
+    group.addoption("--revision", help="revision to record where the code does not lie in a git clone")
+
+
+def pytest_configure(config):
+    # pytest-benchmark's table says nothing of bandwidth; ours stands at the end instead.
+    config.option.benchmark_quiet = not config.option.benchmark_verbose
+    config.stash[_machine] = gpu.find()
+    config.stash[_lines] = []
+
+
+def pytest_collection_modifyitems(config, items):
+    machine = config.stash[_machine]
+    ours = [item for item in items if item.path.parent == _HERE]
+    if machine is None and ours:
+        reason = "torch finds no CUDA device" if torch.version.cuda else "this torch is built without CUDA"
+        config.stash[_lines].append(f"bench: skipped, {reason}")
+    for item in ours:
+        if machine is None:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        else:
+            item.add_marker(pytest.mark.benchmark(timer=machine.clock, disable_gc=True))
+
+
+@pytest.fixture
+def machine(request) -> gpu.Gpu:
+    return request.config.stash[_machine]
+
+
+@pytest.fixture
+def measured(benchmark, machine, request):
+    """`measured(factory, direction, peer)` measures a peer on the case that `factory` builds from the run's sizes."""
+
+    def run(factory, direction, peer):
+        missing = peer.missing()
+        if missing:
+            pytest.skip(missing)
+        lines = request.config.stash[_lines]
+        dtype, tokens = pick_dtype(machine.device, request.config.option.dtype), request.config.option.tokens
+        case, sizes = fit(factory, Sizes(machine.device, dtype, tokens), machine.free_bytes)
+        if sizes.tokens < tokens:
+            memory = f"{machine.free_bytes / 2**30:.1f} GiB of free memory"
+            note = f"{case.operator} {case.name}: {sizes.tokens:,} tokens, because {tokens:,} do not fit into {memory}"
+            if note not in lines:
+                lines.append(note)
+        measure(benchmark, machine, case, factory(replace(sizes, **_TINY)), direction, peer)
+
+    yield run
+    machine.release()
+
+
+def pytest_sessionfinish(session):
+    """Write the modules that ran, and prepare the table of the run."""
+    config = session.config
+    finished = [b for b in config._benchmarksession.benchmarks if b and not b.has_error and "work" in b.extra_info]
+    if not finished or config.stash[_machine] is None:
+        return
+    here = environment(config.stash[_machine].device)
+    here["revision"] = config.option.revision or here["revision"]
+    machine_info = config.hook.pytest_benchmark_generate_machine_info(config=config)
+    modules: dict[str, list[dict]] = {}
+    for done in finished:
+        module = Path(done.fullname.split("::")[0]).stem.removeprefix("test_")
+        modules.setdefault(module, []).append(done.as_dict(include_data=False))
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    saved = [
+        ledger.save(
+            config.option.results,
+            module,
+            ledger.document(entries, here, machine_info, pytest_benchmark.__version__, now),
+        )
+        for module, entries in modules.items()
+    ]
+    folder = ledger.slug(here["device"])
+    (device,) = (device for device in ledger.load(config.option.results) if device.folder == folder)
+    ran = {(b.extra_info["work"], b.extra_info["who"], b.extra_info["dtype"]) for b in finished}
+    config.stash[_lines] += [*tables.run_table(device, ran), "", *saved]
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for line in config.stash[_lines]:
+        terminalreporter.write_line(line)

@@ -1,0 +1,127 @@
+"""How one work is measured: GPU time of a call with the cache cold, its memory, and the host time to enqueue it.
+
+One call on each of several input sets is captured as one CUDA graph and replayed: launch overhead is not counted, and
+no set finds itself in the cache. pytest-benchmark runs the rounds, with the GPU's clock.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from itertools import cycle
+
+import torch
+
+from cramfast import kernels
+
+from .cases import BOTH, Case
+from .check import Call, guard
+from .peers import CRAMFAST, Peer
+
+_ROUNDS = 20
+_WARMUP_ROUNDS = 2
+# Reading the clock waits for the GPU, which then waits for the next launch: some 10 µs, 0.2 % of such a round.
+_ROUND_SECONDS = 5e-3
+_MOST_ITERATIONS = 10_000
+# Inputs that a call destroys are put back between rounds, so a round uses every set once; eight make it long enough.
+_SETS_IF_OVERWRITTEN = 8
+_BURSTS = 25
+# Few enough launches that the queue never fills and the host never waits.
+_CALLS_PER_BURST = 10
+
+
+def input_sets(set_bytes: int, cache_bytes: int) -> int:
+    """How many input sets take turns: between two uses of one, the others touch twice the cache or more."""
+    return 1 + max(1, math.ceil(2 * cache_bytes / set_bytes))
+
+
+def iterations_per_round(call_seconds: float, sets: int) -> int:
+    """Calls in a round: at least 5 ms of them, every input set equally often."""
+    wanted = min(_MOST_ITERATIONS, _ROUND_SECONDS / max(call_seconds, 1e-9))
+    return sets * max(1, math.ceil(wanted / sets))
+
+
+def measure(benchmark, machine, case: Case, tiny: Case, direction: str, peer: Peer) -> None:
+    """Check `peer` on the case and time it into `benchmark`, whose extra_info becomes the record of the results.
+
+    `tiny` is the same operator on few tokens, for host time. Raises WrongResult instead of timing what is wrong.
+    """
+    function = peer.load(case)
+    overwrites = peer.overwrites if direction == BOTH else ()
+    inputs = case.make(0)
+    sets = _SETS_IF_OVERWRITTEN if overwrites else input_sets(inputs.nbytes, machine.cache_bytes)
+    calls = [Call(function, peer.prepare(inputs if i == 0 else case.make(i)), direction) for i in range(sets)]
+    restore = _restorer(calls, overwrites)
+
+    replay, timed_by = machine.capture(lambda: [call() for call in calls])
+    calls[0].poison()
+    restore()
+    replay()
+    error_ratio = guard(case, peer, calls[0], inputs)
+    restore()
+
+    iterations = sets if overwrites else iterations_per_round(_estimate(machine, replay) / sets, sets)
+    # pytest-benchmark counts calls; every sets-th one replays them all.
+    turns = cycle([replay] + [lambda: None] * (sets - 1))
+    benchmark.group = case.work(direction)
+    benchmark.pedantic(
+        lambda: next(turns)(),
+        rounds=_ROUNDS,
+        warmup_rounds=_WARMUP_ROUNDS,
+        iterations=iterations,
+        teardown=restore if overwrites else None,
+    )
+    for call in calls:
+        call.forget()
+    benchmark.extra_info.update(
+        work=case.work(direction),
+        who=peer.who,
+        dtype=str(case.dtype).removeprefix("torch."),
+        seconds=benchmark.stats.stats.median if benchmark.stats else None,
+        bytes=case.bytes.get(direction),
+        flops=case.flops.get(direction),
+        peak_mib=round(machine.peak_bytes(calls[0]) / 2**20, 2),
+        host_seconds=_host_seconds(machine, tiny, direction, peer, function),
+        timed_by=timed_by,
+        backend=kernels.choose(case.operator, machine.device).backend if peer is CRAMFAST else None,
+        input_sets=sets,
+        error_ratio=round(error_ratio, 3),
+    )
+
+
+def _restorer(calls: list[Call], overwrites: tuple[str, ...]) -> Callable[[], None]:
+    """A function that gives every call its overwritten inputs back, from one copy of the first call's."""
+    pristine = {name: calls[0].inputs.tensors[name].detach().clone() for name in overwrites}
+
+    @torch.no_grad()
+    def restore() -> None:
+        for call in calls:
+            for name, values in pristine.items():
+                call.inputs.tensors[name].copy_(values)
+
+    return restore
+
+
+def _estimate(machine, replay: Callable[[], object]) -> float:
+    """Seconds of one replay, roughly: those of the second."""
+    replay()
+    start = machine.clock()
+    replay()
+    return machine.clock() - start
+
+
+def _host_seconds(machine, tiny: Case, direction: str, peer: Peer, function: Callable) -> float | None:
+    """Median host time to enqueue one call, outside any graph, on tensors so small that the GPU keeps up."""
+    if not peer.host:
+        return None
+    call = Call(function, peer.prepare(tiny.make(0)), direction)
+    call()
+    seconds = []
+    for _ in range(_BURSTS):
+        machine.synchronize()
+        start = time.perf_counter()
+        for _ in range(_CALLS_PER_BURST):
+            call()
+        seconds.append((time.perf_counter() - start) / _CALLS_PER_BURST)
+    machine.synchronize()
+    return statistics.median(seconds)

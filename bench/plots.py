@@ -1,0 +1,46 @@
+"""Plots of the results: one figure a module and device, one panel a work, one bar a peer."""
+
+from pathlib import Path
+
+from .ledger import Device, Module, Record
+from .tables import OURS, by_work, micros, percent
+
+# Two colours of Okabe and Ito's palette, which people with colour blindness tell apart, and a neutral grey.
+_OURS_COLOUR, _PEER_COLOUR, _LIMIT_COLOUR = "#0072B2", "#B0B0B0", "#D55E00"
+_BAR_INCHES, _PANEL_INCHES, _WIDTH_INCHES = 0.27, 0.62, 8.0
+
+
+def draw(device: Device, module: Module, path: Path) -> None:
+    """GPU time a call in µs of every who, a line at what the bytes take at copy speed; written to `path` as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    works: dict[tuple[str, str], list[Record]] = {}
+    for record in sorted(module.records, key=by_work):
+        works.setdefault((record.work, record.dtype), []).append(record)
+    heights = [_PANEL_INCHES + _BAR_INCHES * len(records) for records in works.values()]
+    figure = Figure(figsize=(_WIDTH_INCHES, sum(heights) + 0.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(works), squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    for panel, ((work, dtype), records) in zip(panels, works.items(), strict=True):
+        _panel(panel, device, f"{work}, {dtype}", records)
+    panels[-1].set_xlabel("GPU time a call, µs; dashed: its bytes at the speed of a device-to-device copy", fontsize=9)
+    figure.suptitle(f"{module.environment['device']}, revision {module.environment['revision']}", fontsize=10)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def _panel(axes, device: Device, title: str, records: list[Record]) -> None:
+    times = [record.seconds * 1e6 for record in records]
+    colours = [_OURS_COLOUR if record.who == OURS else _PEER_COLOUR for record in records]
+    axes.barh([record.who for record in records], times, color=colours, height=0.75)
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(times) * 1.25)
+    for place, record in enumerate(records):
+        share = device.copy_share(record)
+        text = f" {micros(record.seconds)} µs" + (f" ({percent(share)} of copy)" if share else "")
+        axes.text(times[place], place, text, va="center", fontsize=8)
+    if (rate := device.copy_rate()) and records[0].bytes:
+        axes.axvline(records[0].bytes / rate * 1e6, color=_LIMIT_COLOUR, linestyle="--", linewidth=1.2)
+    axes.set_title(title, loc="left", fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,149 @@
+"""Results as text: the table at the end of a run, the README's tables, a comparison of two revisions."""
+
+from collections.abc import Iterable
+
+from .cases import BOTH, FORWARD
+from .ledger import Device, Module, Record
+
+OURS = "cramfast"
+_ORDER = (OURS, "torch-eager", "torch-compile")
+_REGRESSION = 1.05
+_LIMITS = "limits"
+
+
+def run_table(device: Device, ran: set[tuple[str, str, str]]) -> list[str]:
+    """Lines of work, who, µs, share of copy bandwidth and speed against torch.compile, of the records that ran."""
+    records = sorted((r for r in device.records if (r.work, r.who, r.dtype) in ran), key=by_work)
+    rows = [("work", "who", "dtype", "µs", "of copy", "× compile", "")]
+    for record in records:
+        share, speed = device.copy_share(record), device.speed(record, "torch-compile")
+        measured = (micros(record.seconds), percent(share), times(speed), record.note)
+        rows.append((record.work, record.who, record.dtype, *measured))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [_aligned(row, widths).rstrip() for row in rows]
+
+
+def _aligned(row: tuple[str, ...], widths: list[int]) -> str:
+    """Names to the left, numbers to the right."""
+    cells = (cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+    return "  ".join(cells)
+
+
+def module_tables(name: str, devices: list[Device], plot_folder: str) -> str:
+    """The README's text for one module: for every device its tables, its environment and its plot."""
+    parts = []
+    for device in devices:
+        if module := device.modules.get(name):
+            tables = [_limits_table(module)] if name == _LIMITS else _operator_tables(device, module)
+            parts += [*tables, _environment(module.environment)]
+            if name != _LIMITS:
+                parts.append(f"![{name} on {module.environment['device']}]({plot_folder}/{device.folder}/{name}.png)")
+    return "\n\n".join(parts) or "Nothing measured yet."
+
+
+def _limits_table(module: Module) -> str:
+    rows = [(r.operator, r.case, r.dtype, rate(r)) for r in sorted(module.records, key=by_work)]
+    return markdown(("limit", "size", "dtype", "rate"), rows)
+
+
+def _operator_tables(device: Device, module: Module) -> list[str]:
+    """A table for each operator, case and dtype, with a row for each who."""
+    tables = []
+    for operator, case, dtype in dict.fromkeys(
+        (r.operator, r.case, r.dtype) for r in sorted(module.records, key=by_work)
+    ):
+        records = [r for r in module.records if (r.operator, r.case, r.dtype) == (operator, case, dtype)]
+        rows = [_row(device, [r for r in records if r.who == who]) for who in _ordered({r.who for r in records})]
+        head = (
+            "who",
+            "fwd µs",
+            "fwd+bwd µs",
+            "of copy: fwd",
+            "fwd+bwd",
+            "× compile",
+            "× eager",
+            "extra MiB",
+            "host µs",
+        )
+        tables.append(f"**`{operator}`** {case}, {dtype}\n\n{markdown(head, rows)}")
+    return tables
+
+
+def _row(device: Device, records: list[Record]) -> tuple[str, ...]:
+    """One who's row. Speeds, memory and host time are those of fwd+bwd, or of fwd where that is all there is."""
+    by_direction = {record.direction: record for record in records}
+    forward, both = by_direction.get(FORWARD), by_direction.get(BOTH)
+    whole = both or forward
+    note = next((f" ({record.note})" for record in records if record.note), "")
+    return (
+        (f"**{whole.who}**" if whole.who == OURS else whole.who) + note,
+        micros(forward and forward.seconds),
+        micros(both and both.seconds),
+        percent(forward and device.copy_share(forward)),
+        percent(both and device.copy_share(both)),
+        times(device.speed(whole, "torch-compile")),
+        times(device.speed(whole, "torch-eager")),
+        "" if whole.peak_mib is None else f"{whole.peak_mib:.0f}",
+        micros(whole.host_seconds),
+    )
+
+
+def _environment(environment: dict) -> str:
+    return (
+        f"{environment['device']}, driver {environment['driver'] or 'unknown'}, torch {environment['torch']}, "
+        f"triton {environment['triton']}, revision {environment['revision'] or 'unknown'}, {environment['date']}."
+    )
+
+
+def comparison(before: list[Device], after: list[Device]) -> str:
+    """This project's times at two revisions, in the order of the results; regressions of over 5 % are marked."""
+    earlier = {device.folder: device for device in before}
+    rows = []
+    for device in after:
+        for record in sorted(device.records, key=by_work):
+            old = earlier.get(device.folder, Device("", {})).find(record.work, OURS, record.dtype)
+            if record.who == OURS and old is not None:
+                ratio = record.seconds / old.seconds
+                mark = "**slower**" if ratio > _REGRESSION else ""
+                work = f"{record.work} {record.dtype}"
+                rows.append((device.folder, work, micros(old.seconds), micros(record.seconds), f"{ratio:.2f}", mark))
+    return markdown(("device", "work", "before µs", "after µs", "ratio", ""), rows) if rows else "Nothing to compare."
+
+
+def markdown(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *rows))
+
+
+def by_work(record: Record) -> tuple:
+    return record.operator, record.case, record.dtype, record.direction, *_rank(record.who)
+
+
+def _ordered(whos: Iterable[str]) -> list[str]:
+    return sorted(whos, key=_rank)
+
+
+def _rank(who: str) -> tuple[int, str]:
+    return (_ORDER.index(who) if who in _ORDER else len(_ORDER), who)
+
+
+def micros(seconds: float | None) -> str:
+    """Seconds as µs with three digits or more; empty for what was not measured."""
+    if seconds is None:
+        return ""
+    value = seconds * 1e6
+    return f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.0%}".replace("%", " %")
+
+
+def times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}"
+
+
+def rate(record: Record) -> str:
+    """Work per second: TFLOP/s where there are FLOPs, else TB/s."""
+    if record.flops:
+        return f"{record.flops / record.seconds / 1e12:.0f} TFLOP/s"
+    return f"{record.bytes / record.seconds / 1e12:.2f} TB/s"

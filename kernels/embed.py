@@ -23,6 +23,7 @@ from .layer_norm import layer_norm_reference, sum_launch
 from .operator import Operator, define
 from .rows import (
     MAX_WIDTH,
+    ROW_REGISTERS,
     add_rows,
     fold_rows,
     load_rows,
@@ -137,7 +138,7 @@ def _backward_kernel(
     statistics_ptr,
     dtable_ptr,  # (size, C), zeros
     pieces_ptr,  # (chunks, 2, C): sums of rows that a chunk shares with the one before, and with the one after it
-    partial_ptr,  # (1 or 2, programs, C) or None: each program's gradients of the norm's weight and bias
+    partial_ptr,  # (1 or 2, shares, C) or None: gradients of the norm's weight and bias over SHARE tokens of each chunk
     tokens,
     vocabulary,
     positions,
@@ -147,10 +148,9 @@ def _backward_kernel(
     TILES: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
+    SHARE: tl.constexpr,
 ):
     weight = load_vector(norm_weight_ptr, C, TILE, TILES)
-    dweight = zero_vector(TILE, TILES)
-    dbias = zero_vector(TILE, TILES)
     total = _zero_rows(TILE, TILES, ROWS)
     chunk = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     place = chunk * CHUNK
@@ -160,37 +160,41 @@ def _backward_kernel(
     shared = (place > 0) & (before == key)
     token = tl.load(order_ptr + place, mask=place < tokens, other=0)
     next_dy, next_mean, next_rstd = _load(dy_ptr, statistics_ptr, token, place < tokens, tokens, C, TILE, TILES)
-    for step in tl.range(0, CHUNK):
-        valid = place < tokens
-        row = _index(ids_ptr, token, valid, key)
-        position = _index(position_ids_ptr, token, valid, key)
-        x, _ = _gather(row, position, valid, weight_ptr, position_weight_ptr, vocabulary, positions, C, TILE, TILES)
-        dy, mean, rstd = widen(next_dy, TILES), next_mean, next_rstd
-        place += 1
-        # The next gradient travels while this one is worked on.
-        more = (place < tokens) & (step < CHUNK - 1)
-        token = tl.load(order_ptr + place, mask=more, other=0)
-        next_dy, next_mean, next_rstd = _load(dy_ptr, statistics_ptr, token, more, tokens, C, TILE, TILES)
-        following = tl.load(keys_ptr + place, mask=place < tokens, other=-1).to(tl.int64)
-        dx, xhat = row_gradient(dy, x, mean, rstd, weight, C, TILES)
-        total = add_rows(total, dx, TILES)
+    for part in tl.range(0, CHUNK // SHARE):
+        dweight = zero_vector(TILE, TILES)
+        dbias = zero_vector(TILE, TILES)
+        for step in tl.range(part * SHARE, (part + 1) * SHARE):
+            valid = place < tokens
+            row = _index(ids_ptr, token, valid, key)
+            position = _index(position_ids_ptr, token, valid, key)
+            x, _ = _gather(row, position, valid, weight_ptr, position_weight_ptr, vocabulary, positions, C, TILE, TILES)
+            dy, mean, rstd = widen(next_dy, TILES), next_mean, next_rstd
+            place += 1
+            # The next gradient travels while this one is worked on.
+            more = (place < tokens) & (step < CHUNK - 1)
+            token = tl.load(order_ptr + place, mask=more, other=0)
+            next_dy, next_mean, next_rstd = _load(dy_ptr, statistics_ptr, token, more, tokens, C, TILE, TILES)
+            following = tl.load(keys_ptr + place, mask=place < tokens, other=-1).to(tl.int64)
+            dx, xhat = row_gradient(dy, x, mean, rstd, weight, C, TILES)
+            total = add_rows(total, dx, TILES)
+            if partial_ptr is not None:
+                dweight = fold_rows(dweight, multiply_rows(dy, xhat, TILES), TILES)
+                if norm_bias_ptr is not None:
+                    dbias = fold_rows(dbias, dy, TILES)
+            goes_on = (place < tokens) & (following == key)
+            ends = valid & ((step == CHUNK - 1) | (goes_on == 0))
+            piece = ends & (shared | goes_on)
+            whole = ends & (piece == 0) & (key >= 0) & (key < size)
+            store_rows(dtable_ptr, total, key, whole, C, TILE, TILES)
+            store_rows(pieces_ptr, total, 2 * chunk + tl.where(shared, 0, 1), piece, C, TILE, TILES)
+            total = _keep(total, ends == 0, TILES)
+            shared &= ends == 0
+            key = following
         if partial_ptr is not None:
-            dweight = fold_rows(dweight, multiply_rows(dy, xhat, TILES), TILES)
+            share = tl.program_id(0) * (CHUNK // SHARE) + part
+            store_share(partial_ptr, share, dweight, C, TILE, TILES)
             if norm_bias_ptr is not None:
-                dbias = fold_rows(dbias, dy, TILES)
-        goes_on = (place < tokens) & (following == key)
-        ends = valid & ((step == CHUNK - 1) | (goes_on == 0))
-        piece = ends & (shared | goes_on)
-        whole = ends & (piece == 0) & (key >= 0) & (key < size)
-        store_rows(dtable_ptr, total, key, whole, C, TILE, TILES)
-        store_rows(pieces_ptr, total, 2 * chunk + tl.where(shared, 0, 1), piece, C, TILE, TILES)
-        total = _keep(total, ends == 0, TILES)
-        shared &= ends == 0
-        key = following
-    if partial_ptr is not None:
-        store_share(partial_ptr, dweight, C, TILE, TILES)
-        if norm_bias_ptr is not None:
-            store_share(partial_ptr + tl.num_programs(0) * C, dbias, C, TILE, TILES)
+                store_share(partial_ptr, tl.num_programs(0) * (CHUNK // SHARE) + share, dbias, C, TILE, TILES)
 
 
 @triton.jit
@@ -256,6 +260,8 @@ def _join_kernel(
 
 # Tokens that a group of warps walks over: long enough for the walk to outweigh its pieces, short enough to fill a card.
 _CHUNK = 64
+# Tokens whose share of the norm's gradients is added up one after the other: more would cost digits.
+_SHARE = 16
 
 
 @functools.lru_cache
@@ -269,7 +275,8 @@ def forward_launch(hidden, itemsize, pointers) -> Launch:
 def backward_launch(hidden, itemsize, pointers) -> Launch:
     """The walk over sorted tokens, for output gradients of `itemsize` bytes; pointers: the dtypes of its tensors."""
     tiling = row_tiling(hidden, itemsize)
-    return Launch(_backward_kernel, pointers, ("i64",) * 4, tiling.constants | {"CHUNK": _CHUNK}, tiling.num_warps)
+    constants = tiling.constants | {"CHUNK": _CHUNK, "SHARE": _SHARE}
+    return Launch(_backward_kernel, pointers, ("i64",) * 4, constants, tiling.num_warps, ROW_REGISTERS)
 
 
 @functools.lru_cache
@@ -309,8 +316,8 @@ def _forward(weight, input_ids, norm_weight, norm_bias, position_ids, position_w
 def _backward(dy, weight, input_ids, norm_weight, norm_bias, position_ids, position_weight, statistics):
     """(dweight, dnorm_weight, dnorm_bias, dposition_weight); the last two are None where there is no such parameter."""
     hidden, chunks = int(weight.shape[1]), ceil_div(input_ids.shape[0], _CHUNK)
-    programs = ceil_div(chunks, row_tiling(hidden, dy.dtype.itemsize).rows)
-    shape = (1 if norm_bias is None else 2, programs, hidden)
+    shares = ceil_div(chunks, row_tiling(hidden, dy.dtype.itemsize).rows) * (_CHUNK // _SHARE)
+    shape = (1 if norm_bias is None else 2, shares, hidden)
     partial = torch.empty(shape, dtype=torch.float32, device=dy.device)
     ids, positions = (input_ids, weight), (position_ids, position_weight)
     given = (norm_weight, norm_bias, statistics)
@@ -322,7 +329,7 @@ def _backward(dy, weight, input_ids, norm_weight, norm_bias, position_ids, posit
     dnorm_weight = torch.empty_like(norm_weight)
     dnorm_bias = None if norm_bias is None else torch.empty_like(norm_bias)
     launch = sum_launch(hidden, norm_weight.dtype, dtype_of(norm_bias))
-    launch(ceil_div(hidden, launch.constants["COLUMNS"]), partial, dnorm_weight, dnorm_bias, programs)
+    launch(ceil_div(hidden, launch.constants["COLUMNS"]), partial, dnorm_weight, dnorm_bias, shares)
     return dweight, dnorm_weight, dnorm_bias, dposition_weight
 
 

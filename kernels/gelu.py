@@ -81,12 +81,18 @@ def _slope(x, phi, rest, FORM: tl.constexpr):
 
 
 @triton.jit
-def _places(rows, WIDTH: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr):
-    """Which ROWS × TILE elements of a (rows, WIDTH) tensor this program works on: row, column, mask."""
+def _places(program, rows, WIDTH: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr):
+    """Which ROWS × TILE elements of a (rows, WIDTH) tensor are number `program`: row, column, mask."""
     across = tl.cdiv(WIDTH, TILE)
-    row = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(0) % across * TILE + tl.arange(0, TILE)
+    row = (program // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = program % across * TILE + tl.arange(0, TILE)
     return row[:, None], column[None, :], (row < rows)[:, None] & (column < WIDTH)[None, :]
+
+
+@triton.jit
+def _from_the_end():
+    """Backward kernels begin with the last rows: what was written last before them is still in the cache."""
+    return tl.num_programs(0) - 1 - tl.program_id(0)
 
 
 @triton.jit
@@ -99,7 +105,7 @@ def _gelu_kernel(
     ROWS: tl.constexpr,
     FORM: tl.constexpr,
 ):
-    row, column, mask = _places(rows, WIDTH, TILE, ROWS)
+    row, column, mask = _places(tl.program_id(0), rows, WIDTH, TILE, ROWS)
     place = row * WIDTH + column
     x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
     phi, _ = _phi(x, FORM)
@@ -117,7 +123,7 @@ def _gelu_backward_kernel(
     ROWS: tl.constexpr,
     FORM: tl.constexpr,
 ):
-    row, column, mask = _places(rows, WIDTH, TILE, ROWS)
+    row, column, mask = _places(_from_the_end(), rows, WIDTH, TILE, ROWS)
     place = row * WIDTH + column
     x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptr + place, mask=mask, other=0.0).to(tl.float32)
@@ -135,7 +141,7 @@ def _geglu_kernel(
     ROWS: tl.constexpr,
     FORM: tl.constexpr,
 ):
-    row, column, mask = _places(rows, WIDTH, TILE, ROWS)
+    row, column, mask = _places(tl.program_id(0), rows, WIDTH, TILE, ROWS)
     place = row * (2 * WIDTH) + column
     gate = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
     value = tl.load(x_ptr + place + WIDTH, mask=mask, other=0.0).to(tl.float32)
@@ -155,7 +161,7 @@ def _geglu_backward_kernel(
     ROWS: tl.constexpr,
     FORM: tl.constexpr,
 ):
-    row, column, mask = _places(rows, WIDTH, TILE, ROWS)
+    row, column, mask = _places(_from_the_end(), rows, WIDTH, TILE, ROWS)
     place = row * (2 * WIDTH) + column
     gate = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
     value = tl.load(x_ptr + place + WIDTH, mask=mask, other=0.0).to(tl.float32)

@@ -29,7 +29,8 @@ class Launch:
     """A kernel with everything decided but its arguments.
 
     The kernel's parameters come in this order: tensors, whose dtypes `pointers` gives (None: that one is absent),
-    scalars, whose Triton types `scalars` gives, and the compile-time `constants`.
+    scalars, whose Triton types `scalars` gives, and the compile-time `constants`. max_registers: how many a thread may
+    have; without a word the compiler weighs them against occupancy, and would rather spill a few bytes.
     """
 
     kernel: Callable
@@ -37,6 +38,7 @@ class Launch:
     scalars: tuple[str, ...]
     constants: dict[str, object]
     num_warps: int
+    max_registers: int | None = None
     _loaded: dict = field(default_factory=dict, repr=False)
 
     def __call__(self, grid: int, *arguments) -> None:
@@ -79,7 +81,8 @@ class Launch:
         present = (i for i, dtype in enumerate(self.pointers) if dtype is not None)
         attributes = {(i,): [["tt.divisibility", _ALIGNMENT]] for i in present} if aligned else {}
         source = ASTSource(self.kernel, signature, absent | self.constants, attributes)
-        return triton.compile(source, target=target, options={"num_warps": self.num_warps})
+        options = {"num_warps": self.num_warps, "maxnreg": self.max_registers}
+        return triton.compile(source, target=target, options=options)
 
     def _load(self, aligned: bool):
         compiled = self.compile(driver.active.get_current_target(), aligned)

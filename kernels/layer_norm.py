@@ -25,6 +25,8 @@ from .launch import Launch, catalogue, ceil_div, contiguous, dtype_of, multiproc
 from .operator import Operator, define
 from .rows import (
     MAX_WIDTH,
+    ROW_REGISTERS,
+    ROW_WARPS,
     add_rows,
     fold_rows,
     load_rows,
@@ -110,15 +112,16 @@ def _backward_kernel(
     weight = load_vector(weight_ptr, C, TILE, TILES)
     dweight = zero_vector(TILE, TILES)
     dbias = zero_vector(TILE, TILES)
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    # From the last rows to the first: what was written last before this kernel is still in the cache.
+    row = (tl.cdiv(rows, ROWS) - 1 - tl.program_id(0)).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     next_x, next_dy, next_mean, next_rstd = _load(x_ptr, dy_ptr, statistics_ptr, row, rows, C, TILE, TILES)
     for _ in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
-        valid = row < rows
+        valid = (row >= 0) & (row < rows)
         x, dy, mean, rstd = widen(next_x, TILES), widen(next_dy, TILES), next_mean, next_rstd
         if ds_ptr is not None:
             ds = load_rows(ds_ptr, row, valid, C, TILE, TILES)
         # The next rows travel while these are worked on: so few warps fit that they cannot cover for each other.
-        following = row + tl.num_programs(0) * ROWS
+        following = row - tl.num_programs(0) * ROWS
         next_x, next_dy, next_mean, next_rstd = _load(x_ptr, dy_ptr, statistics_ptr, following, rows, C, TILE, TILES)
         dx, xhat = row_gradient(dy, x, mean, rstd, weight, C, TILES)
         dweight = fold_rows(dweight, multiply_rows(dy, xhat, TILES), TILES)
@@ -133,14 +136,14 @@ def _backward_kernel(
                 bias = load_vector(bias_ptr, C, TILE, TILES)
             store_rows(y_ptr, normalise_rows(x, mean, rstd, weight, bias, TILES), row, valid, C, TILE, TILES)
         row = following
-    store_share(partial_ptr, dweight, C, TILE, TILES)
+    store_share(partial_ptr, tl.program_id(0), dweight, C, TILE, TILES)
     if bias_ptr is not None:
-        store_share(partial_ptr + tl.num_programs(0) * C, dbias, C, TILE, TILES)
+        store_share(partial_ptr, tl.num_programs(0) + tl.program_id(0), dbias, C, TILE, TILES)
 
 
 @triton.jit
 def _load(x_ptr, dy_ptr, statistics_ptr, row, rows, C: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr):
-    valid = row < rows
+    valid = (row >= 0) & (row < rows)
     x = load_rows(x_ptr, row, valid, C, TILE, TILES)
     dy = load_rows(dy_ptr, row, valid, C, TILE, TILES)
     mean = tl.load(statistics_ptr + row, mask=valid, other=0.0)
@@ -173,10 +176,6 @@ def _sum_shares_kernel(
         tl.store(dbias_ptr + column, tl.sum(dbias, 0), mask=column < C)
 
 
-# Warps of the backward pass on one multiprocessor: at 255 registers a thread no more fit.
-_WARPS = 8
-
-
 @functools.lru_cache
 def forward_launch(hidden, dtype, weight_dtype, bias_dtype, add) -> Launch:
     """The forward kernel for rows of `hidden` elements; bias_dtype None: no bias; add: with a residual."""
@@ -194,7 +193,7 @@ def backward_launch(hidden, dtype, weight_dtype, bias_dtype, add, recompute) -> 
     tiling = row_tiling(hidden, dtype.itemsize, bytes_in_lane=0 if recompute else room)
     ds, y = dtype if add else None, dtype if recompute else None
     pointers = (dtype, ds, dtype, weight_dtype, bias_dtype, torch.float32, dtype, y, torch.float32)
-    return Launch(_backward_kernel, pointers, ("i64",), tiling.constants, tiling.num_warps)
+    return Launch(_backward_kernel, pointers, ("i64",), tiling.constants, tiling.num_warps, ROW_REGISTERS)
 
 
 @functools.lru_cache
@@ -246,7 +245,7 @@ def _backward(dy, ds, x, weight, bias, statistics, recompute=False):
     dweight, dbias = torch.empty_like(weight), None if bias is None else torch.empty_like(bias)
     hidden, rows = int(weight.shape[0]), statistics.shape[1]
     launch = backward_launch(hidden, x.dtype, weight.dtype, dtype_of(bias), ds is not None, recompute)
-    programs = multiprocessors(x.device) * max(1, _WARPS // launch.num_warps)
+    programs = multiprocessors(x.device) * max(1, ROW_WARPS // launch.num_warps)
     partial = torch.empty((1 if bias is None else 2, programs, hidden), dtype=torch.float32, device=x.device)
     launch(programs, dy, ds, x, weight, bias, statistics, dx, y, partial, rows)
     launch = sum_launch(hidden, dweight.dtype, dtype_of(dbias))

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from .language import tl, triton
 
 MAX_WIDTH = 16_384
+# Registers of a thread in kernels that keep rows in them from one turn of a loop to the next, and how many such warps
+# fit on a multiprocessor.
+ROW_REGISTERS, ROW_WARPS = 255, 8
 _LANES = 32
 _VECTOR = 16
 # Bytes of one row in one lane, beyond which a row takes twice the warps.
@@ -104,11 +107,11 @@ def fold_rows(total, tiles, TILES: tl.constexpr):
 
 
 @triton.jit
-def store_share(pointer, total, C: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr):
-    """Write this program's sum over rows into its row of (programs, C)."""
+def store_share(pointer, share, total, C: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr):
+    """Write a sum over rows as row `share` of (shares, C)."""
     for i in tl.static_range(TILES):
         column = i * TILE + tl.arange(0, TILE)
-        tl.store(pointer + tl.program_id(0) * C + column, total[i], mask=column < C)
+        tl.store(pointer + share * C + column, total[i], mask=column < C)
 
 
 @triton.jit
@@ -123,13 +126,14 @@ def sum_rows(tiles, TILES: tl.constexpr):
 @triton.jit
 def row_statistics(tiles, eps, C: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr):
     """Mean and 1 / sqrt(variance + eps) of each row, in two passes over registers."""
-    mean = sum_rows(tiles, TILES) / C
+    mean = sum_rows(tiles, TILES) * (1.0 / C)
     squares = ()
     for i in tl.static_range(TILES):
         column = i * TILE + tl.arange(0, TILE)
         centred = tl.where((column < C)[None, :], tiles[i] - mean[:, None], 0.0)
         squares = squares + (centred * centred,)
-    return mean, 1.0 / tl.sqrt(sum_rows(squares, TILES) / C + eps)
+    # Rounded rightly, as its error would be on the whole row.
+    return mean, tl.div_rn(1.0, tl.sqrt_rn(sum_rows(squares, TILES) * (1.0 / C) + eps))
 
 
 @triton.jit
@@ -155,8 +159,8 @@ def row_gradient(dy, x, mean, rstd, weight, C: tl.constexpr, TILES: tl.constexpr
         xhat = xhat + ((x[i] - mean[:, None]) * rstd[:, None],)
         g = g + (dy[i] * weight[i],)
         products = products + (g[i] * xhat[i],)
-    along = sum_rows(products, TILES) / C
-    total = sum_rows(g, TILES) / C
+    along = sum_rows(products, TILES) * (1.0 / C)
+    total = sum_rows(g, TILES) * (1.0 / C)
     dx = ()
     for i in tl.static_range(TILES):
         dx = dx + (rstd[:, None] * (g[i] - total[:, None] - xhat[i] * along[:, None]),)

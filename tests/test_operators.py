@@ -96,6 +96,7 @@ def short_chunks():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(EMBED_FILE, "_CHUNK", CHUNK)
+        patch.setattr(EMBED_FILE, "_SHARE", CHUNK // 4)
         forget()
         yield
     forget()

@@ -41,7 +41,8 @@ class Call:
         if self.direction == BOTH:
             gradients = torch.autograd.grad(outputs, tuple(self._wanted.values()), self.inputs.grad_outputs)
         self.outputs = tuple(output.detach() for output in outputs)
-        self.gradients = dict(zip(self._wanted, gradients, strict=True))
+        # Detached at once: a view of what is overwritten later could not be any more.
+        self.gradients = {name: gradient.detach() for name, gradient in zip(self._wanted, gradients, strict=True)}
 
     def forget(self) -> None:
         """Drop the results, so that their memory is free."""

@@ -259,7 +259,7 @@ def _join_kernel(
 
 
 # Tokens that a group of warps walks over: long enough for the walk to outweigh its pieces, short enough to fill a card.
-_CHUNK = 64
+_CHUNK = 32
 # Tokens whose share of the norm's gradients is added up one after the other: more would cost digits.
 _SHARE = 16
 

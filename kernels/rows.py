@@ -132,8 +132,10 @@ def row_statistics(tiles, eps, C: tl.constexpr, TILE: tl.constexpr, TILES: tl.co
         column = i * TILE + tl.arange(0, TILE)
         centred = tl.where((column < C)[None, :], tiles[i] - mean[:, None], 0.0)
         squares = squares + (centred * centred,)
-    # Rounded rightly, as its error would be on the whole row.
-    return mean, tl.div_rn(1.0, tl.sqrt_rn(sum_rows(squares, TILES) * (1.0 / C) + eps))
+    variance = sum_rows(squares, TILES) * (1.0 / C) + eps
+    # The fast root is some bits short, which would be on the whole row: one step of Newton's method adds them.
+    rstd = tl.rsqrt(variance)
+    return mean, rstd + 0.5 * rstd * (1.0 - variance * rstd * rstd)
 
 
 @triton.jit

@@ -111,3 +111,14 @@ def _suffix(case: str) -> str:
 
 def _value(bar: Bar, value: float) -> str:
     return f"{value:.1%}".replace("%", " %") if bar.measure == COPY else f"{value:.2f}×"
+
+
+def summary(devices: list[Device]) -> str:
+    """The README's text: how many bars each device holds, and every one that it does not."""
+    parts = []
+    for device in devices:
+        verdicts = evaluate(device)
+        others = [f"- `{verdict}`" for verdict in verdicts if not verdict.held]
+        held = f"{len(verdicts) - len(others)} of {len(verdicts)} bars held on {device.folder}"
+        parts.append("\n".join([f"{held}; not held:\n", *others] if others else [f"{held}."]))
+    return "\n\n".join(parts) or "Nothing measured yet."

@@ -35,12 +35,16 @@ def _panel(axes, device: Device, title: str, records: list[Record]) -> None:
     axes.barh([record.who for record in records], times, color=colours, height=0.75)
     axes.invert_yaxis()
     axes.set_xlim(0, max(times) * 1.25)
+    limit, rate = 0.0, device.copy_rate()
+    if rate and records[0].bytes:
+        limit = records[0].bytes / rate * 1e6
+        axes.axvline(limit, color=_LIMIT_COLOUR, linestyle="--", linewidth=1.2)
     for place, record in enumerate(records):
         share = device.copy_share(record)
         text = f" {micros(record.seconds)} µs" + (f" ({percent(share)} of copy)" if share else "")
-        axes.text(times[place], place, text, va="center", fontsize=8)
-    if (rate := device.copy_rate()) and records[0].bytes:
-        axes.axvline(records[0].bytes / rate * 1e6, color=_LIMIT_COLOUR, linestyle="--", linewidth=1.2)
+        # A little short of the line, a bar's text would lie on it.
+        near = 0.9 * limit < times[place] < limit
+        axes.text(limit if near else times[place], place, text, va="center", fontsize=8)
     axes.set_title(title, loc="left", fontsize=9)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,7 +1,8 @@
 """`python -m bench.report`: the results folder as the README's tables and as plots.
 
-Each `<!-- bench:MODULE -->` … `<!-- /bench -->` in the README is filled from that module's results; no measured number
-there is typed by hand. `--check` only says whether README and results agree.
+Each `<!-- bench:MODULE -->` … `<!-- /bench -->` in the README is filled from that module's results, `bench:bars` with
+the bars that are not held; no measured number there is typed by hand. `--check` only says whether README and results
+agree.
 """
 
 import os
@@ -71,7 +72,9 @@ def fill(text: str, devices: list[ledger.Device], plots_at: str) -> str:
         raise UserError(f"the README has no <!-- bench:{min(homeless)} --> section for {min(homeless)}.json")
 
     def section(match: re.Match) -> str:
-        return match[1] + tables.module_tables(match[2], devices, plots_at) + "\n" + match[3]
+        name = match[2]
+        content = bars.summary(devices) if name == "bars" else tables.module_tables(name, devices, plots_at)
+        return match[1] + content + "\n" + match[3]
 
     return _SECTION.sub(section, text)
 

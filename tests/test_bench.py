@@ -12,15 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import bars, ledger, report, tables, test_embedding, test_gelu, test_layer_norm
+from bench.cases import BOTH, DIRECTIONS, FORWARD, Sizes, fit
+from bench.check import Call, WrongResult, guard, relative_errors
+from bench.measure import input_sets, iterations_per_round, measure
+from bench.peers import CRAMFAST, EAGER, Peer
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # pytest puts tests/ there; the bench package lies in the root
-
-from bench import bars, ledger, report, tables, test_embedding, test_gelu, test_layer_norm  # noqa: E402
-from bench.cases import BOTH, DIRECTIONS, FORWARD, Sizes, fit  # noqa: E402
-from bench.check import Call, WrongResult, guard, relative_errors  # noqa: E402
-from bench.measure import input_sets, iterations_per_round, measure  # noqa: E402
-from bench.peers import CRAMFAST, EAGER, Peer  # noqa: E402
-
 SIZES = Sizes(torch.device("cpu"), torch.bfloat16, tokens=300, hidden=64, intermediate=48, vocabulary=128, positions=16)
 FACTORIES = {
     "layer_norm": test_layer_norm.layer_norm_case,
@@ -480,6 +478,11 @@ def test_bars_are_held_missed_or_absent(tmp_path, capsys):
         in said
     )
     assert "absent  nvidia-h200  gelu/fwd: " in said
+    # The README names those that are not held, and counts the others.
+    listed = bars.summary([device])
+    not_held = [line for line in said.splitlines() if not line.startswith("held")]
+    assert listed.splitlines()[2:] == [f"- `{line}`" for line in not_held]
+    assert listed.startswith(f"{len(said.splitlines()) - len(not_held)} of {len(said.splitlines())} bars held")
 
 
 def test_the_exact_geglu_is_held_against_ligers_tanh_form(tmp_path):

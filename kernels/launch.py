@@ -5,6 +5,7 @@ the small kernels here run. A `Launch` fixes types, constants and warps once, so
 """
 
 import functools
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -22,6 +23,8 @@ _TYPES = {
     torch.int64: "i64",
 }
 _ALIGNMENT = 16
+# What triton.jit goes by when it decorates the kernels.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,8 +53,8 @@ class Launch:
         if isinstance(tensor, FakeTensor) or grid == 0:
             return
         device = tensor.get_device()
-        if device < 0:
-            if not tensor.is_meta:  # the interpreter's turn
+        if device < 0 or _INTERPRETED:
+            if not tensor.is_meta:
                 self.kernel[(grid,)](*arguments, **self.constants, num_warps=self.num_warps)
             return
         cuda = driver.active

@@ -52,7 +52,7 @@ class Operator:
         outputs: int = 1,
     ):
         backward, backward_op = backward
-        self.outputs = outputs
+        self.forward, self.outputs = forward, outputs
         self.op = define(name, schema, forward)
         torch.library.register_autograd(
             f"cramfast::{name}",
@@ -68,8 +68,11 @@ class Operator:
     def __call__(self, *inputs):
         if type(inputs[0]) not in _PLAIN or torch.compiler.is_compiling():
             results = _tuple(self.op(*inputs))
-            return results[0] if self.outputs == 1 else results[: self.outputs]
-        return self.apply(*inputs)
+        elif torch.is_grad_enabled():
+            return self.apply(*inputs)
+        else:
+            results = self.forward(*inputs)
+        return results[0] if self.outputs == 1 else results[: self.outputs]
 
 
 def _tuple(results) -> tuple:

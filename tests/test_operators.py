@@ -430,6 +430,17 @@ def test_a_second_derivative_is_refused(name):
         torch.autograd.grad(outputs, leaves, random_grads(outputs), create_graph=True)
 
 
+@pytest.mark.parametrize("name", PAIRS)
+def test_without_gradients_the_outputs_are_the_same(name):
+    inputs, options = arguments(name, 9, 96)
+    inputs = [x.requires_grad_() if floating(x) else x for x in inputs]
+    tracked = as_tuple(PAIRS[name][0](*inputs, **options))
+    with torch.no_grad():
+        plain = as_tuple(PAIRS[name][0](*inputs, **options))
+    assert all(torch.equal(a, b) for a, b in zip(plain, tracked, strict=True))
+    assert all(y.requires_grad for y in tracked) and not any(y.requires_grad for y in plain)
+
+
 REGISTERED = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("cramfast::"))
 
 

@@ -234,10 +234,6 @@ def _layer_norm(x, weight, bias, eps):
     return y, statistics
 
 
-def _add_layer_norm(x, residual, weight, bias, eps):
-    return _forward(x, residual, weight, bias, eps)
-
-
 def _backward(dy, ds, x, weight, bias, statistics, recompute=False):
     """(dx, dweight, dbias, y); dbias is None without a bias, y unless `recompute`."""
     dy, ds, x, weight, bias = contiguous(dy, ds, x, weight, bias)
@@ -293,7 +289,7 @@ _layer_norm_operator = Operator(
 _add_layer_norm_operator = Operator(
     "add_layer_norm",
     "(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps) -> (Tensor y, Tensor s, Tensor statistics)",
-    forward=_add_layer_norm,
+    forward=_forward,
     save=_save,
     backward=(_backward, _backward_op),
     gradients=_add_layer_norm_gradients,

@@ -210,6 +210,8 @@ def _form(dtype: torch.dtype, approximate: str) -> str:
 def _run(kernel, width, approximate, *tensors):
     """Run `kernel` over `tensors`, the first of which is there and has rows of `width` or 2 `width` elements."""
     first = tensors[0]
+    if width == 0:
+        return
     launch = launch_for(kernel, tuple(tensor is not None for tensor in tensors), width, first.dtype, approximate)
     rows = first.numel() // int(first.shape[-1])
     across = ceil_div(width, launch.constants["TILE"])

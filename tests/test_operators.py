@@ -333,6 +333,12 @@ def test_no_rows(name, width):
     assert_as_exact_as_torch(name, inputs, **options)
 
 
+@pytest.mark.parametrize("shape", [(0,), (5, 0)])
+def test_gelu_of_no_columns(shape):
+    x = randn(*shape)
+    assert_as_exact_as_torch("gelu", [x])
+
+
 def laid_out(x, layout):
     """x in memory of another layout."""
     if layout == "shifted":  # contiguous, but no vector load may start here

@@ -65,8 +65,13 @@ def expect_dtype(operator: str, dtype: torch.dtype, like: torch.Tensor) -> None:
         raise TypeError(f"{operator}: dtype is {_say(dtype)}, expected {_say(like.dtype)}, float32 or a 16-bit one")
 
 
-def expect_indices(operator: str, name: str, tensor: torch.Tensor, like: torch.Tensor) -> None:
-    """Raises TypeError unless `tensor` is int32 or int64, ValueError unless it is (T,) on the device of `like`."""
+def expect_indices(
+    operator: str, name: str, tensor: torch.Tensor, like: torch.Tensor, shape: Sequence[int] | None = None
+) -> None:
+    """Raises TypeError unless `tensor` is int32 or int64, ValueError unless it is (T,), of `shape` where that is given,
+    on the device of `like`."""
+    if shape is not None:
+        _expect_shape(operator, name, tensor, shape)
     if tensor.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{operator}: {name} is {_say(tensor.dtype)}, expected int32 or int64")
     if tensor.dim() != 1:

@@ -26,6 +26,7 @@ from .rows import (
     ROW_REGISTERS,
     add_rows,
     fold_rows,
+    load_gradient,
     load_rows,
     load_vector,
     multiply_rows,
@@ -127,7 +128,7 @@ def _forward_kernel(
 @triton.jit
 def _backward_kernel(
     dy_ptr,  # (tokens, C)
-    keys_ptr,  # (tokens,): the table's rows that the tokens use, sorted
+    keys_ptr,  # (tokens,): the table's rows that the tokens use, sorted; -1 for those outside of it
     order_ptr,  # (tokens,): the tokens in that order
     ids_ptr,  # None where the keys are the token ids
     weight_ptr,
@@ -142,7 +143,6 @@ def _backward_kernel(
     tokens,
     vocabulary,
     positions,
-    size,
     C: tl.constexpr,
     TILE: tl.constexpr,
     TILES: tl.constexpr,
@@ -159,7 +159,7 @@ def _backward_kernel(
     # Whether the sum under way began in an earlier chunk.
     shared = (place > 0) & (before == key)
     token = tl.load(order_ptr + place, mask=place < tokens, other=0)
-    next_dy, next_mean, next_rstd = _load(dy_ptr, statistics_ptr, token, place < tokens, tokens, C, TILE, TILES)
+    next_dy, next_mean, next_rstd = load_gradient(dy_ptr, statistics_ptr, token, place < tokens, tokens, C, TILE, TILES)
     for part in tl.range(0, CHUNK // SHARE):
         dweight = zero_vector(TILE, TILES)
         dbias = zero_vector(TILE, TILES)
@@ -173,7 +173,7 @@ def _backward_kernel(
             # The next gradient travels while this one is worked on.
             more = (place < tokens) & (step < CHUNK - 1)
             token = tl.load(order_ptr + place, mask=more, other=0)
-            next_dy, next_mean, next_rstd = _load(dy_ptr, statistics_ptr, token, more, tokens, C, TILE, TILES)
+            next_dy, next_mean, next_rstd = load_gradient(dy_ptr, statistics_ptr, token, more, tokens, C, TILE, TILES)
             following = tl.load(keys_ptr + place, mask=place < tokens, other=-1).to(tl.int64)
             dx, xhat = row_gradient(dy, x, mean, rstd, weight, C, TILES)
             total = add_rows(total, dx, TILES)
@@ -184,7 +184,7 @@ def _backward_kernel(
             goes_on = (place < tokens) & (following == key)
             ends = valid & ((step == CHUNK - 1) | (goes_on == 0))
             piece = ends & (shared | goes_on)
-            whole = ends & (piece == 0) & (key >= 0) & (key < size)
+            whole = ends & (piece == 0) & (key >= 0)
             store_rows(dtable_ptr, total, key, whole, C, TILE, TILES)
             store_rows(pieces_ptr, total, 2 * chunk + tl.where(shared, 0, 1), piece, C, TILE, TILES)
             total = _keep(total, ends == 0, TILES)
@@ -195,14 +195,6 @@ def _backward_kernel(
             store_share(partial_ptr, share, dweight, C, TILE, TILES)
             if norm_bias_ptr is not None:
                 store_share(partial_ptr, tl.num_programs(0) * (CHUNK // SHARE) + share, dbias, C, TILE, TILES)
-
-
-@triton.jit
-def _load(dy_ptr, statistics_ptr, token, valid, tokens, C: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr):
-    dy = load_rows(dy_ptr, token, valid, C, TILE, TILES)
-    mean = tl.load(statistics_ptr + token, mask=valid, other=0.0)
-    rstd = tl.load(statistics_ptr + tokens + token, mask=valid, other=0.0)
-    return dy, mean, rstd
 
 
 @triton.jit
@@ -228,7 +220,6 @@ def _join_kernel(
     pieces_ptr,  # (chunks, 2, C)
     dtable_ptr,  # (size, C)
     tokens,
-    size,
     C: tl.constexpr,
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -243,7 +234,7 @@ def _join_kernel(
     following = tl.load(keys_ptr + end, mask=end < tokens, other=-2).to(tl.int64)
     # It began in this chunk unless the last token of the one before has the same row.
     before = tl.load(keys_ptr + chunk * CHUNK - 1, mask=(chunk > 0) & (end < tokens), other=-1).to(tl.int64)
-    if (key == following) & ((chunk == 0) | (before != key)) & (key >= 0) & (key < size):
+    if (key == following) & ((chunk == 0) | (before != key)) & (key >= 0):
         total = tl.load(pieces_ptr + (2 * chunk + 1) * C + column, mask=column < C, other=0.0)
         next = chunk + 1
         more = key == following
@@ -276,14 +267,14 @@ def backward_launch(hidden, itemsize, pointers) -> Launch:
     """The walk over sorted tokens, for output gradients of `itemsize` bytes; pointers: the dtypes of its tensors."""
     tiling = row_tiling(hidden, itemsize)
     constants = tiling.constants | {"CHUNK": _CHUNK, "SHARE": _SHARE}
-    return Launch(_backward_kernel, pointers, ("i64",) * 4, constants, tiling.num_warps, ROW_REGISTERS)
+    return Launch(_backward_kernel, pointers, ("i64",) * 3, constants, tiling.num_warps, ROW_REGISTERS)
 
 
 @functools.lru_cache
 def join_launch(hidden, key_dtype, table_dtype) -> Launch:
     """The kernel that adds up pieces."""
     constants = {"C": hidden, "TILE": min(256, triton.next_power_of_2(hidden)), "CHUNK": _CHUNK, "CHUNKS": 64}
-    return Launch(_join_kernel, (key_dtype, torch.float32, table_dtype), ("i64", "i64"), constants, 4)
+    return Launch(_join_kernel, (key_dtype, torch.float32, table_dtype), ("i64",), constants, 4)
 
 
 @catalogue
@@ -319,13 +310,13 @@ def _backward(dy, weight, input_ids, norm_weight, norm_bias, position_ids, posit
     shares = ceil_div(chunks, row_tiling(hidden, dy.dtype.itemsize).rows) * (_CHUNK // _SHARE)
     shape = (1 if norm_bias is None else 2, shares, hidden)
     partial = torch.empty(shape, dtype=torch.float32, device=dy.device)
-    ids, positions = (input_ids, weight), (position_ids, position_weight)
-    given = (norm_weight, norm_bias, statistics)
-    dweight = _table_gradient(dy, input_ids, weight, (None, weight, *positions, *given), partial)
+    norm = (norm_weight, norm_bias, statistics)
+    inputs = (None, weight, position_ids, position_weight, *norm)
+    dweight = _table_gradient(dy, input_ids, weight, inputs, partial)
     dposition_weight = None
     if position_ids is not None:
-        tables = (*ids, None, position_weight, *given)
-        dposition_weight = _table_gradient(dy, position_ids, position_weight, tables, None)
+        inputs = (input_ids, weight, None, position_weight, *norm)
+        dposition_weight = _table_gradient(dy, position_ids, position_weight, inputs, None)
     dnorm_weight = torch.empty_like(norm_weight)
     dnorm_bias = None if norm_bias is None else torch.empty_like(norm_bias)
     launch = sum_launch(hidden, norm_weight.dtype, dtype_of(norm_bias))
@@ -347,9 +338,9 @@ def _table_gradient(dy, ids, table, inputs, partial):
     launch = backward_launch(int(hidden), dy.dtype.itemsize, tuple(map(dtype_of, tensors)))
     _, weight, _, position_weight, *_ = inputs
     grid = ceil_div(chunks, launch.constants["ROWS"])
-    launch(grid, *tensors, tokens, weight.shape[0], _height(position_weight), size)
+    launch(grid, *tensors, tokens, weight.shape[0], _height(position_weight))
     launch = join_launch(int(hidden), keys.dtype, table.dtype)
-    launch(chunks * ceil_div(int(hidden), launch.constants["TILE"]), keys, pieces, dtable, tokens, size)
+    launch(chunks * ceil_div(int(hidden), launch.constants["TILE"]), keys, pieces, dtable, tokens)
     return dtable
 
 
@@ -420,8 +411,7 @@ def embed(
     if norm_bias is not None:
         expect_parameter("embed", "norm_bias", norm_bias, (width,), weight)
     if position_ids is not None:
-        expect_like("embed", "position_ids", position_ids, input_ids.shape, position_ids)
-        expect_indices("embed", "position_ids", position_ids, weight)
+        expect_indices("embed", "position_ids", position_ids, weight, input_ids.shape)
         expect_table("embed", "position_weight", position_weight, MAX_WIDTH)
         expect_like("embed", "position_weight", position_weight, (position_weight.shape[0], width), weight)
     run = pick("embed", weight, embed_reference)

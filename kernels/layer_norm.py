@@ -29,6 +29,7 @@ from .rows import (
     ROW_WARPS,
     add_rows,
     fold_rows,
+    load_gradient,
     load_rows,
     load_vector,
     multiply_rows,
@@ -145,9 +146,7 @@ def _backward_kernel(
 def _load(x_ptr, dy_ptr, statistics_ptr, row, rows, C: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr):
     valid = (row >= 0) & (row < rows)
     x = load_rows(x_ptr, row, valid, C, TILE, TILES)
-    dy = load_rows(dy_ptr, row, valid, C, TILE, TILES)
-    mean = tl.load(statistics_ptr + row, mask=valid, other=0.0)
-    rstd = tl.load(statistics_ptr + rows + row, mask=valid, other=0.0)
+    dy, mean, rstd = load_gradient(dy_ptr, statistics_ptr, row, valid, rows, C, TILE, TILES)
     return x, dy, mean, rstd
 
 

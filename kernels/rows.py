@@ -73,6 +73,15 @@ def widen(tiles, TILES: tl.constexpr):
 
 
 @triton.jit
+def load_gradient(dy_ptr, statistics_ptr, row, valid, rows, C: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr):
+    """Rows of the output's gradient (rows, C), and mean and rstd of the same rows out of statistics (2, rows)."""
+    dy = load_rows(dy_ptr, row, valid, C, TILE, TILES)
+    mean = tl.load(statistics_ptr + row, mask=valid, other=0.0)
+    rstd = tl.load(statistics_ptr + rows + row, mask=valid, other=0.0)
+    return dy, mean, rstd
+
+
+@triton.jit
 def load_vector(pointer, C: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr):
     """A (C,) tensor as one row in float32."""
     row = tl.zeros([1], tl.int32)

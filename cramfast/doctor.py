@@ -85,17 +85,24 @@ def _machine() -> list[tuple[str, str]]:
 
 
 def _operators() -> list[tuple[str, str]]:
-    from .device import pick_device
-    from .kernels import OPERATORS, choose
+    """Who computes each operator; sequences for which attention has no kernel are a row of their own."""
+    from .device import pick_device, pick_dtype
+    from .kernels import OPERATORS, choose, choose_long
 
-    rows = []
+    device, rows = pick_device(), []
     for name in OPERATORS:
-        try:
-            choice = choose(name, pick_device())
-            rows.append((name, f"{choice.backend} ({choice.reason})"))
-        except (ValueError, RuntimeError) as error:  # CRAMFAST_KERNELS asks for what cannot be
-            rows.append((name, f"none: {error}"))
+        rows.append((name, _chosen(choose, name, device)))
+        if name == "varlen_attention":
+            rows.append(("attention past 512", _chosen(choose_long, device, pick_dtype(device), 64)))
     return rows
+
+
+def _chosen(choose, *arguments) -> str:
+    try:
+        choice = choose(*arguments)
+    except (ValueError, RuntimeError) as error:  # CRAMFAST_KERNELS asks for what cannot be
+        return f"none: {error}"
+    return f"{choice.backend} ({choice.reason})"
 
 
 def _peers() -> list[tuple[str, str]]:

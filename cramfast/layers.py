@@ -7,7 +7,18 @@ Shapes: T tokens of an unpadded batch, C hidden size, I intermediate size, H hea
 import torch
 from torch import nn
 
-from .kernels import add_layer_norm, geglu, gelu, layer_norm, mlm_loss, varlen_attention
+from .kernels import add_layer_norm, geglu, gelu, layer_norm, mlm_loss, pad, unpad, varlen_attention
+
+__all__ = [
+    "FusedAddLayerNorm",
+    "FusedGEGLU",
+    "FusedGELU",
+    "FusedLayerNorm",
+    "SparseMLMHead",
+    "UnpaddedSelfAttention",
+    "pad",
+    "unpad",
+]
 
 
 class FusedLayerNorm(nn.LayerNorm):
@@ -56,11 +67,25 @@ class FusedGEGLU(nn.Module):
 
 
 class UnpaddedSelfAttention(nn.Module):
-    """Multi-head bidirectional self-attention over unpadded sequences: (T, C) → (T, C)."""
+    """Multi-head bidirectional self-attention over unpadded sequences: (T, C) → (T, C).
 
-    def __init__(self, hidden_size: int, num_heads: int, bias: bool = True):
+    dropout: of the attention weights, in training only. window: a token sees those at most this many places away on
+    either side (None: all of its sequence). Who has padded tensors x (B, S, C) and a mask (B, S) of the real tokens:
+
+        flat, indices, cu_seqlens, max_seqlen = unpad(x, attention_mask)
+        y = pad(attention(flat, cu_seqlens, max_seqlen), indices, *attention_mask.shape)
+    """
+
+    def __init__(
+        self, hidden_size: int, num_heads: int, bias: bool = True, dropout: float = 0.0, window: int | None = None
+    ):
         super().__init__()
-        self.num_heads = num_heads
+        name = type(self).__name__
+        if num_heads < 1 or hidden_size < 1 or hidden_size % num_heads:
+            raise ValueError(f"{name}: hidden_size {hidden_size} is not a multiple of num_heads {num_heads}")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"{name}: dropout is {dropout}, expected at least 0 and below 1")
+        self.num_heads, self.dropout, self.window = num_heads, dropout, window
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias)
         self.out = nn.Linear(hidden_size, hidden_size, bias)
 
@@ -72,8 +97,11 @@ class UnpaddedSelfAttention(nn.Module):
         cos: torch.Tensor | None = None,
         sin: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """x (T, C); cu_seqlens, max_seqlen, cos and sin as `varlen_attention` takes them."""
         qkv_T3HD = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        return self.out(varlen_attention(qkv_T3HD, cu_seqlens, max_seqlen, cos=cos, sin=sin).flatten(1))
+        dropout_p = self.dropout if self.training else 0.0
+        options = {"cos": cos, "sin": sin, "window": self.window, "dropout_p": dropout_p}
+        return self.out(varlen_attention(qkv_T3HD, cu_seqlens, max_seqlen, **options).flatten(1))
 
 
 class SparseMLMHead(nn.Module):

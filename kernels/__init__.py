@@ -10,23 +10,28 @@ __version__ = "0"
 
 if __name__ == "cramfast.kernels":
     from .attention import varlen_attention, varlen_attention_reference
+    from .attention_settings import LONGEST
     from .dispatch import OPERATORS, choose
     from .embed import embed, embed_reference
     from .gelu import geglu, geglu_reference, gelu, gelu_reference
     from .launch import Launch, every_launch
     from .layer_norm import add_layer_norm, add_layer_norm_reference, layer_norm, layer_norm_reference
+    from .long_attention import choose_long
     from .mask_tokens import mask_tokens, mask_tokens_reference
     from .mlm_loss import mlm_loss, mlm_loss_reference
+    from .padding import pad, unpad
     from .selftest import Finding, selftest
-    from .sequences import sequence_positions
+    from .sequences import group_sequences, sequence_positions
 
     __all__ = [
+        "LONGEST",
         "OPERATORS",
         "Finding",
         "Launch",
         "add_layer_norm",
         "add_layer_norm_reference",
         "choose",
+        "choose_long",
         "embed",
         "embed_reference",
         "every_launch",
@@ -34,14 +39,17 @@ if __name__ == "cramfast.kernels":
         "geglu_reference",
         "gelu",
         "gelu_reference",
+        "group_sequences",
         "layer_norm",
         "layer_norm_reference",
         "mask_tokens",
         "mask_tokens_reference",
         "mlm_loss",
         "mlm_loss_reference",
+        "pad",
         "selftest",
         "sequence_positions",
+        "unpad",
         "varlen_attention",
         "varlen_attention_reference",
     ]

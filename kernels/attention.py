@@ -1,16 +1,50 @@
 """Bidirectional attention inside each sequence of an unpadded batch.
 
-    out[t] = sum_u softmax_u(scale * q[t] · k[u]) v[u],   u over the tokens of t's own sequence
+    out[t] = sum_u P[t, u] v[u],   P[t, u] = softmax_u(scale * q[t] · k[u]),   u over the tokens of t's own sequence
 
 Rotary position embedding turns q and k first when cos and sin are given: with x1, x2 the halves of a head,
-(x1, x2) → (x1 cos − x2 sin, x2 cos + x1 sin). Sources: Vaswani et al., 1706.03762; Su et al., RoFormer, 2104.09864.
+(x1, x2) → (x1 cos − x2 sin, x2 cos + x1 sin). A window leaves out u further from t than that. Dropout multiplies P by
+0 or 1 / (1 − dropout_p), from random numbers that a counter gives: the same in the backward pass, and not stored.
+
+Saved for the backward pass are the inputs, the output and a number per row and head, the logarithm of the softmax's
+denominator (lse), with which P is computed again:
+
+    dV = P^T dO,   dS = P * (dO V^T − delta),   dQ = scale dS K,   dK = scale dS^T Q,   delta = rowsum(dO * O)
+
+qkv is read and dqkv written packed, as the linear layers around have them. How the work is laid out on the GPU is told
+in `attention_kernels.py`.
+
+Sources: Vaswani et al., 1706.03762; Su et al., RoFormer, 2104.09864; the backward pass from a saved lse: Dao et al.,
+FlashAttention, 2205.14135; the random numbers: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
 """
+
+import functools
 
 import torch
 import torch.nn.functional as F
 
+from .attention_arguments import expect_attention
+from .attention_kernels import backward_keys, backward_queries, backward_tile, forward_blocks, forward_tile
+from .attention_settings import (
+    BLOCK,
+    CAPABILITY,
+    DTYPES,
+    HEAD_SIZES,
+    LONGEST,
+    Setting,
+    launch_for,
+    setting_for,
+    tile_for,
+    turns_in,
+)
 from .dispatch import pick
-from .sequences import sequence_positions
+from .launch import capability_of, ceil_div, contiguous, dtype_of, multiprocessors
+from .long_attention import long_attention, rotate, turn
+from .operator import Operator, define
+from .rotary import token_angles, turn_back_, turn_packed
+from .sequences import group_sequences, sequence_positions
+
+_NO_WINDOW = -1
 
 
 def varlen_attention_reference(
@@ -34,7 +68,7 @@ def varlen_attention_reference(
         mask = (torch.arange(max_seqlen, device=qkv.device) < lengths)[:, None, None, :]
     q_BHSD, k_BHSD, v_BHSD = qkv_BS3HD.permute(2, 0, 3, 1, 4)
     if cos is not None:
-        q_BHSD, k_BHSD = (_rotate(x, cos[:max_seqlen], sin[:max_seqlen]) for x in (q_BHSD, k_BHSD))
+        q_BHSD, k_BHSD = (rotate(x, cos[:max_seqlen], sin[:max_seqlen]) for x in (q_BHSD, k_BHSD))
     if window is not None:
         place = torch.arange(max_seqlen, device=qkv.device)
         near = (place[:, None] - place[None, :]).abs() <= window
@@ -46,11 +80,98 @@ def varlen_attention_reference(
     return out_BSHD.reshape(total, heads, head_size) if uniform else out_BSHD[sequence, position]
 
 
-def _rotate(x, cos, sin):
-    """Rotary embedding of x (B, H, S, D) by cos, sin (S, D/2), in fp32 or wider."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    x1, x2 = x.to(wide).chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+def _tile(device: torch.device, head_size: int, longest: int, dropout: bool) -> int:
+    return tile_for(head_size, longest, dropout, capability_of(device))
+
+
+_remembered_tile = functools.lru_cache(_tile)
+
+
+def _setting(qkv, groups, angles, tile) -> Setting:
+    return setting_for(tile, int(qkv.shape[-1]), groups is not None, angles is not None, capability_of(qkv.device))
+
+
+def _turned_apart(qkv, groups, angles, tile) -> bool:
+    return angles is not None and not turns_in(tile, groups is not None, capability_of(qkv.device))
+
+
+def _run(kernel, tuning, tensors, qkv, groups, tile, longest, scale, window, dropout):
+    """Run `kernel` over `tensors` with a program for each piece of work, or as many as stay on the GPU."""
+    total, (heads, head_size) = qkv.shape[0], map(int, qkv.shape[2:])
+    launch = launch_for(kernel, tuning, tuple(map(dtype_of, tensors)), heads, head_size, tile, window >= 0)
+    count = total // longest if groups is None else groups.shape[0] - 1
+    programs = count * heads * (1 if tile else ceil_div(longest, BLOCK))
+    if tuning.programs and qkv.device.type == "cuda":
+        programs = min(programs, multiprocessors(qkv.device) * tuning.programs)
+    span = () if tile else (longest,)
+    launch(programs, *tensors, total, count, *span, window, scale, dropout)
+
+
+def _forward(qkv, groups, bounds, angles, seed, tile, longest, scale, window, dropout):
+    """(out, lse, turned); turned is None unless it takes qkv's place in the backward pass."""
+    qkv, turned = qkv.contiguous(), None
+    if _turned_apart(qkv, groups, angles, tile):
+        qkv = turned = turn_packed(qkv, angles)
+        angles = None
+    total, _, heads, head_size = qkv.shape
+    out, lse = qkv.new_empty(total, heads, head_size), qkv.new_empty(heads, total, dtype=torch.float32)
+    setting, rest = _setting(qkv, groups, angles, tile), (qkv, groups, tile, longest, scale, window, dropout)
+    if tile:
+        _run(forward_tile, setting.forward, (qkv, groups, bounds, angles, seed, out, lse), *rest)
+    else:
+        _run(forward_blocks, setting.forward, (qkv, groups, bounds, seed, out, lse), *rest)
+    return out, lse, turned
+
+
+def _backward(dout, qkv, out, lse, groups, bounds, angles, seed, tile, longest, scale, window, dropout):
+    dout, qkv = contiguous(dout, qkv)
+    dqkv = torch.empty_like(qkv)
+    setting, rest = _setting(qkv, groups, angles, tile), (qkv, groups, tile, longest, scale, window, dropout)
+    if tile:
+        apart = _turned_apart(qkv, groups, angles, tile)
+        options = (groups, bounds, None if apart else angles, seed)
+        _run(backward_tile, setting.backward, (dout, qkv, lse, *options, dqkv), *rest)
+        if apart:
+            turn_back_(dqkv, angles)
+    else:  # whose kernels turn back what they write
+        delta, options = torch.empty_like(lse), (groups, bounds, angles, seed)
+        _run(backward_queries, setting.backward, (dout, qkv, out, lse, *options, dqkv, delta), *rest)
+        _run(backward_keys, setting.backward_keys, (dout, qkv, lse, delta, *options, dqkv), *rest)
+    return (dqkv,)
+
+
+def _save(ctx, inputs, results):
+    qkv, groups, bounds, angles, seed, *ctx.settings = inputs
+    out, lse, turned = results
+    source = turned if _turned_apart(qkv, groups, angles, ctx.settings[0]) else qkv
+    ctx.save_for_backward(source, out, lse, groups, bounds, angles, seed)
+
+
+def _gradients(ctx, backward, dout, *_):
+    return backward(dout, *ctx.saved_tensors, *ctx.settings)[0], *(None,) * 9
+
+
+_OPTIONS = (
+    "Tensor? groups, Tensor? bounds, Tensor? angles, Tensor? seed, "
+    "int tile, int longest, float scale, int window, float dropout"
+)
+_operator = Operator(
+    "varlen_attention",
+    f"(Tensor qkv, {_OPTIONS}) -> (Tensor out, Tensor lse, Tensor turned)",
+    forward=_forward,
+    save=_save,
+    backward=(
+        _backward,
+        define(
+            "varlen_attention_backward",
+            f"(Tensor dout, Tensor qkv, Tensor out, Tensor lse, {_OPTIONS}) -> Tensor dqkv",
+            _backward,
+        ),
+    ),
+    gradients=_gradients,
+    dtypes=DTYPES,
+    capability=CAPABILITY,
+)
 
 
 def varlen_attention(
@@ -64,20 +185,44 @@ def varlen_attention(
     window: int | None = None,
     dropout_p: float = 0.0,
 ) -> torch.Tensor:
-    """Attention over sequences laid back to back: qkv (T, 3, H, D) → (T, H, D), bidirectional.
+    """Attention over sequences laid back to back: qkv (T, 3, H, D) → (T, H, D), bidirectional, in qkv's dtype.
 
-    cu_seqlens: int32 (B+1,), rising from 0 to T; no sequence is longer than `max_seqlen`. cos, sin:
-    (>= max_seqlen, D/2), the rotary tables. softmax_scale: 1/sqrt(D) unless given. window: a token sees
-    those at most this many places away on either side. dropout_p: applied to the attention weights.
+    cu_seqlens: int32 (B+1,), rising from 0 to T; no sequence is longer than `max_seqlen`, which the host needs to know.
+    What cu_seqlens holds is looked at only with CRAMFAST_CHECK=1 in the environment; the kernels trust it.
+    cos, sin: (>= max_seqlen, D/2), fp32 or qkv's dtype, the rotary tables. softmax_scale: 1/sqrt(D) unless given.
+    window: a token sees those at most this many places away on either side. dropout_p: applied to the attention
+    weights; its random numbers come from torch's generator of the device.
+
+    The Triton kernels take 16-bit tensors of head sizes 32, 64, 96 and 128 with sequences of up to 512 tokens. Others
+    go to flash-attn where installed, else to PyTorch's variable-length attention, else to SDPA by padding
+    (`choose_long` says which).
+
+    Raises TypeError for dtypes and ValueError for shapes, devices and values that do not fit, by name.
     """
-    run = pick("varlen_attention", qkv, varlen_attention_reference)
-    return run(
-        qkv,
-        cu_seqlens,
-        max_seqlen,
-        cos=cos,
-        sin=sin,
-        softmax_scale=softmax_scale,
-        window=window,
-        dropout_p=dropout_p,
-    )
+    expect_attention(qkv, cu_seqlens, max_seqlen, cos, sin, softmax_scale, window, dropout_p)
+    total, _, _, head_size = qkv.shape
+    tables = {"cos": cos, "sin": sin}
+    options = {"softmax_scale": softmax_scale, "window": window, "dropout_p": dropout_p}
+    if max_seqlen > LONGEST or head_size not in HEAD_SIZES or qkv.dtype not in DTYPES:
+        fallback = varlen_attention_reference
+        return long_attention(qkv, cu_seqlens, max_seqlen, **tables, **options, fallback=fallback)
+    attend = pick("varlen_attention", qkv, varlen_attention_reference)
+    if attend is varlen_attention_reference or total == 0:
+        return varlen_attention_reference(qkv, cu_seqlens, max_seqlen, **tables, **options)
+    if cos is not None and head_size == 96:  # halves of 48 are no power of two
+        qkv, cos, sin = turn(qkv, cu_seqlens, cos, sin), None, None
+    choose_tile = _tile if torch.compiler.is_compiling() else _remembered_tile  # tracing warns of a cache
+    tile = choose_tile(qkv.device, head_size, max_seqlen, dropout_p > 0)
+    groups = bounds = angles = seed = None
+    # Where the sequences just fill their tiles or blocks, nothing needs a mask.
+    fitting = max_seqlen == tile if tile else max_seqlen % BLOCK == 0
+    full = total == max_seqlen * (cu_seqlens.shape[0] - 1)
+    if not (fitting and full and window is None and head_size != 96):
+        groups, bounds = group_sequences(cu_seqlens.contiguous(), total, max_seqlen, tile or BLOCK)
+    if cos is not None:
+        angles = token_angles(cos, sin, bounds, (tile or max_seqlen) if bounds is None else total)
+    if dropout_p > 0:
+        seed = torch.randint(2**62, (1,), device=qkv.device)
+    scale = head_size**-0.5 if softmax_scale is None else softmax_scale
+    window = _NO_WINDOW if window is None else min(window, max_seqlen)
+    return attend(qkv, groups, bounds, angles, seed, tile, max_seqlen, scale, window, dropout_p)

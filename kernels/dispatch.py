@@ -27,15 +27,29 @@ class Choice:
     reason: str
 
 
-# The Triton implementation of each operator that has one.
-_kernels: dict[str, Callable] = {}
+@dataclass(frozen=True)
+class Kernel:
+    """The Triton implementation of an operator: what computes it, and the dtypes and the least compute capability that
+    it is for."""
+
+    run: Callable
+    dtypes: tuple[torch.dtype, ...]
+    capability: tuple[int, int]
 
 
-def register(operator: str, kernel: Callable) -> None:
+_kernels: dict[str, Kernel] = {}
+
+
+def register(
+    operator: str,
+    kernel: Callable,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+    capability: tuple[int, int] = (7, 5),
+) -> None:
     """Make `kernel` the Triton implementation of `operator`, one of `OPERATORS`."""
     if operator not in OPERATORS:
         raise ValueError(f"{operator} is not one of {', '.join(OPERATORS)}")
-    _kernels[operator] = kernel
+    _kernels[operator] = Kernel(kernel, dtypes, capability)
 
 
 def choose(operator: str, device: torch.device, dtype: torch.dtype | None = None) -> Choice:
@@ -53,7 +67,7 @@ def choose(operator: str, device: torch.device, dtype: torch.dtype | None = None
 def pick(operator: str, tensor: torch.Tensor, reference: Callable) -> Callable:
     """The callable that computes `operator` on tensors like this: its kernel or `reference`, as `choose` decides."""
     choice = choose(operator, tensor.device, tensor.dtype)
-    return _kernels[operator] if choice.backend == "triton" else reference
+    return _kernels[operator].run if choice.backend == "triton" else reference
 
 
 def _choose(
@@ -85,7 +99,8 @@ def _obstacle(operator: str, device: torch.device, dtype: torch.dtype | None, in
     """Why a Triton kernel cannot serve tensors of `dtype` on `device`; None when it can."""
     if operator not in _kernels:
         return "no Triton kernel yet"
-    if dtype is not None and dtype.is_floating_point and dtype not in DTYPES:
+    kernel = _kernels[operator]
+    if dtype is not None and dtype.is_floating_point and dtype not in kernel.dtypes:
         return f"no kernel for {str(dtype).removeprefix('torch.')}"
     if not AVAILABLE:
         return "triton is not installed"
@@ -93,7 +108,7 @@ def _obstacle(operator: str, device: torch.device, dtype: torch.dtype | None, in
         if torch.version.cuda is None:
             return "this torch is built without CUDA"
         capability = torch.cuda.get_device_capability(device)
-        if capability < (7, 5):
-            return "compute capability below 7.5"
+        if capability < kernel.capability:
+            return f"compute capability below {kernel.capability[0]}.{kernel.capability[1]}"
         return "no bfloat16 below compute capability 8.0" if dtype == torch.bfloat16 and capability < (8, 0) else None
     return None if interpreted else f"{device.type} device"

@@ -278,7 +278,7 @@ def join_launch(hidden, key_dtype, table_dtype) -> Launch:
 
 
 @catalogue
-def _launches(dtype):
+def _launches(dtype, _capability):
     index, wide = torch.int64, torch.float32
     for hidden in (768, 1024):
         for position in (None, index):

@@ -193,7 +193,7 @@ def launch_for(kernel, tensors, width, dtype, approximate) -> Launch:
 
 
 @catalogue
-def _launches(dtype):
+def _launches(dtype, _capability):
     for approximate in APPROXIMATIONS:
         yield launch_for(_gelu_kernel, (True,) * 2, 3072, dtype, approximate)
         yield launch_for(_gelu_backward_kernel, (True,) * 3, 3072, dtype, approximate)

@@ -108,22 +108,30 @@ def contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
+def capability_of(device: torch.device) -> int:
+    """Compute capability of `device`, 86 for 8.6; where the interpreter stands in for a GPU, that of an H100."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    return 10 * major + minor
+
+
 @functools.lru_cache
 def multiprocessors(device: torch.device) -> int:
     """How many programs `device` runs side by side at the least; 1 where the interpreter stands in for a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-_catalogues: list[Callable[[torch.dtype], Iterable[Launch]]] = []
+Catalogue = Callable[[torch.dtype, int], Iterable[Launch]]
+_catalogues: list[Catalogue] = []
 
 
-def catalogue(launches: Callable[[torch.dtype], Iterable[Launch]]) -> Callable[[torch.dtype], Iterable[Launch]]:
-    """Decorates a function that gives, for activations of a dtype, the kernels of its file as the models use them."""
+def catalogue(launches: Catalogue) -> Catalogue:
+    """Decorates a function that gives the kernels of its file as the models use them, for activations of a dtype on
+    cards of a compute capability (86 for 8.6)."""
     _catalogues.append(launches)
     return launches
 
 
-def every_launch(dtype: torch.dtype) -> Iterator[Launch]:
-    """Every kernel of every operator as the models use it, to be compiled ahead of time."""
+def every_launch(dtype: torch.dtype, capability: int) -> Iterator[Launch]:
+    """Every kernel of every operator as the models use it on such cards, to be compiled ahead of time."""
     for launches in _catalogues:
-        yield from launches(dtype)
+        yield from launches(dtype, capability)

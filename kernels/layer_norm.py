@@ -203,7 +203,7 @@ def sum_launch(hidden, weight_dtype, bias_dtype) -> Launch:
 
 
 @catalogue
-def _launches(dtype):
+def _launches(dtype, _capability):
     for hidden in (64, 768, 1024, 4096):
         parameters = (hidden, dtype, torch.float32, torch.float32)
         yield forward_launch(*parameters, add=True)

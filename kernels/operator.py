@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from .dispatch import register
+from .dispatch import DTYPES, register
 
 _library = torch.library.Library("cramfast", "FRAGMENT")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -50,6 +50,8 @@ class Operator:
         backward: tuple[Callable, Callable],
         gradients: Callable,
         outputs: int = 1,
+        dtypes: tuple[torch.dtype, ...] = DTYPES,
+        capability: tuple[int, int] = (7, 5),
     ):
         backward, backward_op = backward
         self.forward, self.outputs = forward, outputs
@@ -63,7 +65,7 @@ class Operator:
         function = _autograd_function(name, forward, save, backward, gradients, outputs)
         # Past the Python around it, which serves functorch alone.
         self.apply = super(torch.autograd.Function, function).apply
-        register(name, self)
+        register(name, self, dtypes, capability)
 
     def __call__(self, *inputs):
         if type(inputs[0]) not in _PLAIN or torch.compiler.is_compiling():

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .attention import varlen_attention, varlen_attention_reference
 from .dispatch import DTYPES, OPERATORS, choose
 from .embed import embed, embed_reference
 from .gelu import geglu, geglu_reference, gelu, gelu_reference
@@ -48,6 +49,10 @@ def selftest(device: torch.device) -> Iterator[Finding]:
         for dtype, choice in choices.items():
             if choice.backend == "reference":
                 yield Finding(operator, dtype, None, reason=f"reference ({choice.reason})")
+            elif device.type == "cpu" and dtype == torch.bfloat16 and operator == "varlen_attention":
+                yield Finding(
+                    operator, dtype, None, reason="not tested (Triton's interpreter has no bfloat16 products)"
+                )
             else:
                 start = time.perf_counter()
                 worst = _worst_error(*_CASES[operator], device, dtype)
@@ -118,10 +123,41 @@ def _embed_inputs(draw, tokens):
     }
 
 
+_LONGEST = (64, 128, 512)  # small tiles, large tiles, blocks
+
+
+def _attention_inputs(draw, tokens):
+    qkv = draw(tokens, 3, 2, 64)
+    boundaries = {}
+    for longest in _LONGEST:
+        ends = [0]
+        while ends[-1] < tokens:
+            ends.append(min(ends[-1] + 1 + len(ends) * 37 % longest, tokens))
+        boundaries[f"cu_{longest}"] = torch.tensor(ends, dtype=torch.int32, device=qkv.device)
+    return {"qkv": qkv, **boundaries}
+
+
+def _attend(function: Callable) -> Callable:
+    """`function` on sequences of each range, with rotary embedding and without."""
+
+    def run(qkv, **boundaries):
+        position = torch.arange(max(_LONGEST), device=qkv.device)[:, None]
+        angle = position * 0.7 ** torch.arange(qkv.shape[-1] // 2, device=qkv.device)
+        tables = {"cos": angle.cos(), "sin": angle.sin()}
+        return tuple(
+            function(qkv, boundaries[f"cu_{longest}"], longest, **options)
+            for longest in _LONGEST
+            for options in ({}, tables)
+        )
+
+    return run
+
+
 _CASES = {
     "embed": (embed, embed_reference, _embed_inputs),
     "layer_norm": (layer_norm, layer_norm_reference, _norm_inputs),
     "add_layer_norm": (add_layer_norm, add_layer_norm_reference, _add_norm_inputs),
     "gelu": (gelu, gelu_reference, _activation_inputs),
     "geglu": (geglu, geglu_reference, _activation_inputs),
+    "varlen_attention": (_attend(varlen_attention), _attend(varlen_attention_reference), _attention_inputs),
 }

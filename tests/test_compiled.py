@@ -77,7 +77,7 @@ def use_of(launch: Launch, capability: int, aligned: bool = True) -> Use:
 
 def uses(dtype: torch.dtype, capability: int, aligned: bool, worker: int) -> list[Use]:
     """One worker's share of the catalogue."""
-    return [use_of(launch, capability, aligned) for launch in [*every_launch(dtype)][worker::WORKERS]]
+    return [use_of(launch, capability, aligned) for launch in [*every_launch(dtype, capability)][worker::WORKERS]]
 
 
 @triton.jit
@@ -113,7 +113,7 @@ def faults(pool, dtype: torch.dtype, capability: int, aligned: bool) -> list[str
     """Those of the whole catalogue."""
     shares = pool.map(uses, *zip(*((dtype, capability, aligned, worker) for worker in range(WORKERS)), strict=True))
     found = [use for share in shares for use in share]
-    assert len(found) == len([*every_launch(dtype)])
+    assert len(found) == len([*every_launch(dtype, capability)])
     return [fault for use in found for fault in use.faults(capability)]
 
 
@@ -135,9 +135,10 @@ def test_every_operator_with_kernels_has_them_compiled_here(operator, monkeypatc
     monkeypatch.setenv("CRAMFAST_KERNELS", "auto")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        files = {launch.kernel.fn.__module__ for launch in every_launch(dtype)}
+        files = {launch.kernel.fn.__module__ for launch in every_launch(dtype, 90)}
         has_kernels = kernels.choose(operator, device, dtype).backend == "triton"
-        assert has_kernels == (getattr(kernels, operator).__module__ in files)
+        module = getattr(kernels, operator).__module__
+        assert has_kernels == any(file.startswith(module) for file in files)
 
 
 def test_a_kernel_that_spills_is_found(pool):

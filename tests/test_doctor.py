@@ -2,11 +2,15 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
+from cramfast import doctor as command
+from cramfast import kernels
+from cramfast.device import pick_device, pick_dtype
 from cramfast.kernels import OPERATORS
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +46,22 @@ def test_every_operator_has_a_backend_and_a_reason(found):
         assert backend in ("triton", "reference")
         assert reason.startswith("(")
         assert len(reason) > 4
+
+
+def test_who_attends_past_the_kernels(found):
+    assert found["attention past 512"] == "sdpa (cpu device)"
+
+
+def test_long_attention_is_chosen_for_what_training_here_uses(monkeypatch):
+    given = []
+    choice = types.SimpleNamespace(backend="varlen-attn", reason="flash-attn is not installed")
+    monkeypatch.setattr(kernels, "choose_long", lambda *arguments: given.append(arguments) or choice)
+    names, rows = zip(*command._operators(), strict=True)
+    place = names.index("attention past 512")
+    assert names[place - 1] == "varlen_attention"
+    assert rows[place] == "varlen-attn (flash-attn is not installed)"
+    device = pick_device()
+    assert given == [(device, pick_dtype(device), 64)]
 
 
 def test_versions_and_what_a_machine_without_a_gpu_does(found):
@@ -109,7 +129,7 @@ def test_peers_that_are_there_broken_or_another_project(tmp_path, modules, expec
 @pytest.mark.parametrize("mode", ["triton", "nonsense"])
 def test_a_wrong_choice_of_kernels_is_a_finding(mode):
     rows = findings(doctor(CRAMFAST_KERNELS=mode, COLUMNS="300"))
-    assert all(f"CRAMFAST_KERNELS={mode}" in rows[name] for name in OPERATORS)
+    assert all(f"none: CRAMFAST_KERNELS={mode}" in rows[name] for name in (*OPERATORS, "attention past 512"))
 
 
 def test_wrong_flags_are_one_line():

@@ -356,7 +356,7 @@ def test_a_sequence_does_not_see_its_neighbours(name):
         together = model.encode(ids, cu_seqlens, max_seqlen)
         for start, end in pairwise(cu_seqlens):
             length = int(end - start)
-            alone = model.encode(ids[start:end], torch.tensor([0, length]), length)
+            alone = model.encode(ids[start:end], torch.tensor([0, length], dtype=torch.int32), length)
             # The same fp64 sums in another order.
             torch.testing.assert_close(together[start:end], alone, rtol=0, atol=1e-12)
 
@@ -367,7 +367,7 @@ def test_hidden_states_depend_on_place_and_on_every_token_of_the_sequence(name):
     ids = torch.arange(10, 20)
     changed = ids.clone()
     changed[9] = 5
-    cu_seqlens = torch.tensor([0, 10])
+    cu_seqlens = torch.tensor([0, 10], dtype=torch.int32)
     with torch.no_grad():
         hidden, other, turned = (model.encode(x, cu_seqlens, 10) for x in (ids, changed, ids.flip(0)))
     # Bidirectional: the last token is seen by all.

@@ -1,0 +1,128 @@
+"""Which of attention's kernels run on which card, and with how many warps and stages."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from .attention_kernels import backward_keys, backward_queries, backward_tile, forward_blocks, forward_tile
+from .language import triton
+from .launch import Launch, catalogue
+
+HEAD_SIZES, LONGEST = (32, 64, 96, 128), 512
+DTYPES = (torch.float16, torch.bfloat16)
+CAPABILITY = (8, 0)  # below, Triton has no matrix products to speak of
+BLOCK = 64
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """num_warps and num_stages of a kernel; `registers`: the most a thread may have; `programs`: how many stay on each
+    multiprocessor and go from one piece of work to the next, 0 for a program for each."""
+
+    num_warps: int
+    num_stages: int
+    registers: int | None = None
+    programs: int = 0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A tuning for each kernel of a forward and a backward pass; only blocks have `backward_keys`."""
+
+    forward: Tuning
+    backward: Tuning
+    backward_keys: Tuning | None = None
+
+
+_SMALL_TILE = Setting(Tuning(4, 1), Tuning(4, 1))
+_SMALL_TURNED_TILE = Setting(Tuning(4, 2, programs=4), Tuning(4, 2, programs=2))
+_LARGE_TILE = Setting(Tuning(8, 2, registers=128, programs=2), Tuning(8, 2, programs=1))
+_DENSE_BLOCKS = Setting(Tuning(4, 3), Tuning(4, 3), Tuning(4, 3))
+_BLOCKS = Setting(Tuning(4, 3), Tuning(4, 3), Tuning(4, 4))
+_WIDE_BLOCKS = Setting(Tuning(8, 2), Tuning(8, 2), Tuning(8, 2))
+_WIDE_BLOCKS_OF_120 = Setting(Tuning(8, 2), Tuning(8, 1), Tuning(8, 2))
+_BLOCKS_BEFORE_HOPPER = Setting(Tuning(4, 2), Tuning(4, 2), Tuning(4, 2))
+
+
+def tile_for(head_size: int, longest: int, dropout: bool, capability: int) -> int:
+    """The tile that holds a group of sequences of up to `longest` tokens on cards of `capability` (90 for 9.0); 0 where
+    blocks serve better: past 128 tokens, and where 128 rows are too much for registers or shared memory."""
+    if head_size <= 64 and longest <= 64 and not (dropout and capability >= 120):
+        return 64
+    return 128 if head_size <= 64 and longest <= 128 and not dropout and 90 <= capability < 100 else 0
+
+
+def turns_in(tile: int, masked: bool, capability: int) -> bool:
+    """Whether the kernels turn q and k as they load them, and their gradients back. Otherwise it is done before and
+    after: blocks would turn the same rows again and again, and a large tile with masks has no registers left for it,
+    as a small one on the cards of 12.0."""
+    return capability < 120 if tile == 64 else tile == 128 and not masked
+
+
+def setting_for(tile: int, head_size: int, masked: bool, rotary: bool, capability: int) -> Setting:
+    """What runs on cards of `capability` for groups of this tile, see `tile_for`."""
+    if tile == 128:
+        return _LARGE_TILE
+    if tile:
+        return _SMALL_TURNED_TILE if rotary and 90 <= capability < 100 else _SMALL_TILE
+    if head_size > 64:
+        return _WIDE_BLOCKS if capability < 120 else _WIDE_BLOCKS_OF_120
+    if 90 <= capability < 120:
+        return _BLOCKS if masked else _DENSE_BLOCKS
+    return _BLOCKS_BEFORE_HOPPER
+
+
+@functools.lru_cache
+def launch_for(kernel, tuning: Tuning, tensors: tuple, heads: int, head_size: int, tile: int, windowed: bool) -> Launch:
+    """One of the kernels for `tensors`, a dtype for each of its pointers, in tiles, or blocks where `tile` is 0."""
+    constants = {"H": heads, "D": head_size, "WIDTH": triton.next_power_of_2(head_size)}
+    scalars = ("i32",) * (3 if tile else 4) + ("fp32", "fp32")
+    constants["TILE" if tile else "BLOCK"] = tile or BLOCK
+    if kernel is backward_keys:
+        constants["QUERIES"] = BLOCK // 2
+    constants |= {"STAGES": tuning.num_stages, "WINDOWED": windowed}
+    return Launch(kernel, tensors, scalars, constants, tuning.num_warps, tuning.registers)
+
+
+@catalogue
+def _launches(dtype, capability):
+    if dtype not in DTYPES or capability < 10 * CAPABILITY[0]:
+        return []
+    every = [(masked, rotary, False) for masked in (False, True) for rotary in (False, True)]
+    with_dropout = (True, False, True)
+    cases = {
+        (64, 64): [*every, with_dropout],
+        (64, 128): every,
+        (64, 512): [*every, with_dropout],
+        (128, 512): [(True, True, False)],
+    }
+    return dict.fromkeys(
+        launch
+        for (head_size, longest), options in cases.items()
+        for masked, rotary, dropout in options
+        for launch in _pass(dtype, head_size, longest, masked, rotary, dropout, capability)
+    )
+
+
+def _pass(dtype, head_size, longest, masked, rotary, dropout, capability):
+    """The kernels of a forward and a backward pass of a model with 12 heads."""
+    tile = tile_for(head_size, longest, dropout, capability)
+    setting = setting_for(tile, head_size, masked, rotary, capability)
+    f32, seed = torch.float32, torch.int64 if dropout else None
+    groups, angles = (torch.int32 if masked else None,) * 2, torch.float16 if rotary else None
+    if tile:
+        options = (*groups, angles if turns_in(tile, masked, capability) else None, seed)
+        kernels = [
+            (forward_tile, setting.forward, (dtype, *options, dtype, f32)),
+            (backward_tile, setting.backward, (dtype, dtype, f32, *options, dtype)),
+        ]
+    else:
+        options = (*groups, angles, seed)
+        kernels = [
+            (forward_blocks, setting.forward, (dtype, *groups, seed, dtype, f32)),
+            (backward_queries, setting.backward, (dtype, dtype, dtype, f32, *options, dtype, f32)),
+            (backward_keys, setting.backward_keys, (dtype, dtype, f32, f32, *options, dtype)),
+        ]
+    for kernel, tuning, tensors in kernels:
+        yield launch_for(kernel, tuning, tensors, 12, head_size, tile, False)

@@ -1,21 +1,27 @@
 """The bars: what the kernels have to reach, as data, and whether a results folder says they do."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .ledger import Device, Record
-from .tables import OURS
+from .tables import BEST, OURS
 
 COPY = "share of copy bandwidth"
 SPEED = "speed"
 HOST = "host time"
 
 
+def _suffix(case: str) -> str:
+    """The named part of a case: "65536x3072-tanh" → "-tanh"."""
+    return "-" + case.split("-", 1)[1] if "-" in case else ""
+
+
 @dataclass(frozen=True)
 class Bar:
-    """At least `least` of `measure` for this project on `work` (operator/direction).
+    """At least `least` of `measure` for this project on `work` (operator/direction, or one case's full name).
 
     `suffix` picks cases by the end of their name: None any, "" those without one. SPEED compares GPU seconds, HOST
-    host seconds with those of `against`, whose case ends in `against_suffix` where that differs.
+    host seconds with those of `against`, whose case ends in `against_suffix` where that differs. Against BEST, the
+    fastest peer that was measured counts, and the verdict names those of `among` that were not.
     """
 
     work: str
@@ -24,11 +30,30 @@ class Bar:
     against: str = ""
     suffix: str | None = None
     against_suffix: str | None = None
+    among: tuple[str, ...] = ()
 
     def applies(self, record: Record) -> bool:
-        if record.who != OURS or f"{record.operator}/{record.direction}" != self.work:
+        if record.who != OURS or self.work not in (record.work, f"{record.operator}/{record.direction}"):
             return False
         return self.suffix is None or _suffix(record.case) == self.suffix
+
+    @property
+    def operator(self) -> str:
+        return self.work.split("/")[0]
+
+    @property
+    def names_a_case(self) -> bool:
+        return self.work.count("/") > 1
+
+
+def _attention(case: str, least: float) -> Bar:
+    """A bar against the best peer, of which flash-attn-4 is one, though few machines have it."""
+    return Bar(f"varlen_attention/fwd+bwd/{case}", SPEED, least, BEST, among=("flash-attn-4",))
+
+
+def _rotary(case: str) -> Bar:
+    """Rotary embedding costs at most 5 % on top of this project's own time without it."""
+    return Bar(f"varlen_attention/fwd+bwd/{case}-rotary", SPEED, 1 / 1.05, OURS, against_suffix=_suffix(case))
 
 
 BARS = (
@@ -51,17 +76,31 @@ BARS = (
     Bar("geglu/fwd+bwd", SPEED, 1.0, "liger", against_suffix="-tanh"),
     Bar("embed/fwd", COPY, 0.80),
     Bar("embed/fwd+bwd", SPEED, 2.0, "torch-eager"),
+    _attention("all-64", 2.2),
+    _attention("all-128", 1.3),
+    _attention("all-256", 1.1),
+    _attention("all-512", 0.95),
+    _attention("ragged-16-128", 2.0),
+    _attention("ragged-32-512", 1.2),
+    _rotary("all-128"),
+    _rotary("ragged-16-128"),
 )
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One bar on one work of one device: `measured` is None where a record that it needs is not there."""
+    """One bar on one work of one device: `measured` is None where a record that it needs is not there.
+
+    `rival` tells what `against` leaves open: who was BEST, or another case. `without`: who of the bar's `among` was not
+    measured.
+    """
 
     bar: Bar
     device: str
     work: str
     measured: float | None
+    rival: str = ""
+    without: tuple[str, ...] = ()
 
     @property
     def held(self) -> bool:
@@ -70,43 +109,59 @@ class Verdict:
     def __str__(self) -> str:
         bar = self.bar
         what = bar.measure + (f" against {bar.against}" if bar.against else "")
+        what += f" ({self.rival})" if self.rival else ""
+        least = f"bar {_value(bar, bar.least)}" + (f" (without {', '.join(self.without)})" if self.without else "")
         if self.measured is None:
-            return f"absent  {self.device}  {self.work}: {what} not measured, bar {_value(bar, bar.least)}"
+            return f"absent  {self.device}  {self.work}: {what} not measured, {least}"
         word = "held  " if self.held else "MISSED"
-        return f"{word}  {self.device}  {self.work}: {what} {_value(bar, self.measured)}, bar {_value(bar, bar.least)}"
+        return f"{word}  {self.device}  {self.work}: {what} {_value(bar, self.measured)}, {least}"
 
 
 def evaluate(device: Device, bars: tuple[Bar, ...] = BARS) -> list[Verdict]:
-    """Every bar on every work that it speaks of; a bar whose work was not measured has one verdict, absent."""
+    """Every bar on every work that it speaks of; a bar whose work was not measured has one verdict, absent.
+
+    Bars on single cases of an operator are silent until something of it was measured: before, a line each says nothing.
+    """
+    measured = {record.operator for record in device.records}
     verdicts = []
     for bar in bars:
         records = [record for record in device.records if bar.applies(record)]
-        verdicts += [Verdict(bar, device.folder, f"{r.work} {r.dtype}", _measure(device, bar, r)) for r in records]
-        if not records:
+        verdicts += [_verdict(device, bar, record) for record in records]
+        if not records and (bar.operator in measured or not bar.names_a_case):
             verdicts.append(Verdict(bar, device.folder, bar.work, None))
     return verdicts
 
 
-def _measure(device: Device, bar: Bar, record: Record) -> float | None:
-    """The quantity that the bar bounds from below, for this record of ours."""
+def _verdict(device: Device, bar: Bar, record: Record) -> Verdict:
+    """The bar on this record of ours."""
+    verdict = Verdict(bar, device.folder, f"{record.work} {record.dtype}", None)
     if bar.measure == COPY:
-        return device.copy_share(record)
+        return replace(verdict, measured=device.copy_share(record))
+    other = _other(device, bar, record)
+    if other is None:
+        return verdict
+    rival = other.who if bar.against == BEST else other.case if other.work != record.work else ""
+    without = tuple(who for who in bar.among if device.find(other.work, who, record.dtype) is None)
+    return replace(verdict, measured=_ratio(bar, record, other), rival=rival, without=without)
+
+
+def _other(device: Device, bar: Bar, record: Record) -> Record | None:
+    """What the bar compares the record with."""
+    if bar.against == BEST:
+        return device.best(record.work, record.dtype, besides=OURS)
     work = record.work
     if bar.against_suffix is not None:
         work = work.removesuffix(_suffix(record.case)) + bar.against_suffix
-    other = device.find(work, bar.against, record.dtype)
-    if other is None:
-        return None
+    return device.find(work, bar.against, record.dtype)
+
+
+def _ratio(bar: Bar, record: Record, other: Record) -> float | None:
+    """How many times as fast the record is as the other, by the clock that the bar looks at."""
     if bar.measure == SPEED:
         return other.seconds / record.seconds
     if record.host_seconds is None or other.host_seconds is None:
         return None
     return other.host_seconds / record.host_seconds
-
-
-def _suffix(case: str) -> str:
-    """The named part of a case: "65536x3072-tanh" → "-tanh"."""
-    return "-" + case.split("-", 1)[1] if "-" in case else ""
 
 
 def _value(bar: Bar, value: float) -> str:
@@ -121,4 +176,7 @@ def summary(devices: list[Device]) -> str:
         others = [f"- `{verdict}`" for verdict in verdicts if not verdict.held]
         held = f"{len(verdicts) - len(others)} of {len(verdicts)} bars held on {device.folder}"
         parts.append("\n".join([f"{held}; not held:\n", *others] if others else [f"{held}."]))
+        without = sorted({who for verdict in verdicts for who in verdict.without})
+        if without:
+            parts.append(f"The best peers on {device.folder} are without {', '.join(without)}, not measured there.")
     return "\n\n".join(parts) or "Nothing measured yet."

@@ -4,7 +4,7 @@ T tokens, C hidden size, I intermediate size, V vocabulary, P positions. A work 
 `<operator>/<direction>/<case>`, for example `layer_norm/fwd+bwd/65536x768`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -64,8 +64,10 @@ class Case:
 
     `make(seed)` gives the inputs; floating-point ones are differentiated. `ours`, `eager` (plain PyTorch) and
     `reference` (run in fp64) take them by name and return a tensor or a tuple. `rows` names the inputs whose first
-    dimension is tokens; the others are parameters. `bytes` and `flops` by direction come from the definition: tensors
-    of a token dimension are read or written once each; parameters and statistics are small and left out.
+    dimension is tokens; the others are parameters. Where a row's result depends on other rows, `parts(inputs)` cuts the
+    inputs into (rows, inputs of these rows) that do not depend on each other. `bytes` and `flops` by direction come
+    from the definition: tensors of a token dimension are read or written once each; parameters and statistics are small
+    and left out.
     """
 
     operator: str
@@ -76,8 +78,10 @@ class Case:
     ours: Callable | None = None
     reference: Callable | None = None
     rows: tuple[str, ...] = ()
+    parts: Callable[[Inputs], Iterable[tuple[slice, Inputs]]] | None = None
     bytes: dict[str, int] = field(default_factory=dict)
     flops: dict[str, int] = field(default_factory=dict)
+    handed_over: str | None = None
 
     def work(self, direction: str) -> str:
         return f"{self.operator}/{direction}/{self.name}"

@@ -5,6 +5,7 @@ error of plain PyTorch in the same dtype, because that much is rounding and orde
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 
@@ -70,7 +71,7 @@ def guard(case: Case, peer: Peer, call: Call, inputs: Inputs) -> float:
         return 1.0
     yardstick = Call(case.eager, inputs, call.direction)
     yardstick()
-    mine = _results(call.outputs, peer.restore(call.gradients))
+    mine = _results(*peer.restore(inputs, call.outputs, call.gradients))
     errors, allowed = relative_errors(
         case, inputs, call.direction, [mine, _results(yardstick.outputs, yardstick.gradients)]
     )
@@ -88,8 +89,7 @@ def guard(case: Case, peer: Peer, call: Call, inputs: Inputs) -> float:
 def relative_errors(
     case: Case, inputs: Inputs, direction: str, candidates: list[dict[str, torch.Tensor]]
 ) -> list[dict[str, float]]:
-    """‖result − reference‖ / ‖reference‖ of every named result of each candidate, the reference in fp64 by rows."""
-    tokens = inputs.tensors[case.rows[0]].shape[0]
+    """‖result − reference‖ / ‖reference‖ of every named result of each candidate, the reference in fp64 by parts."""
     squares: dict[str, torch.Tensor] = {}
     differences: list[dict[str, torch.Tensor]] = [{} for _ in candidates]
     totals: dict[str, torch.Tensor] = {}
@@ -100,9 +100,8 @@ def relative_errors(
             error = (candidate[name][rows].double() - expected).square().sum()
             difference[name] = difference.get(name, 0) + error
 
-    for start in range(0, tokens, _CHUNK):
-        rows = slice(start, start + _CHUNK)
-        chunk = Call(case.reference, _chunk(case, inputs, rows), direction)
+    for rows, part in case.parts(inputs) if case.parts else _by_rows(case, inputs):
+        chunk = Call(case.reference, _widened(part), direction)
         chunk()
         for name, expected in _results(chunk.outputs, chunk.gradients).items():
             if name.removeprefix("gradient of ") in case.rows or name.startswith("output"):
@@ -119,11 +118,19 @@ def _results(outputs: tuple[torch.Tensor, ...], gradients: dict[str, torch.Tenso
     return named | {f"gradient of {name}": gradient for name, gradient in gradients.items()}
 
 
-def _chunk(case: Case, inputs: Inputs, rows: slice) -> Inputs:
-    """Some rows of the inputs, floating-point ones in fp64."""
+def _by_rows(case: Case, inputs: Inputs) -> Iterator[tuple[slice, Inputs]]:
+    """The inputs a few thousand rows at a time, the parameters with each."""
+    for start in range(0, inputs.tensors[case.rows[0]].shape[0], _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        tensors = {name: tensor[rows] if name in case.rows else tensor for name, tensor in inputs.tensors.items()}
+        yield rows, Inputs(tensors, tuple(gradient[rows] for gradient in inputs.grad_outputs))
+
+
+def _widened(inputs: Inputs) -> Inputs:
+    """The inputs, floating-point ones in fp64."""
 
     def widen(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().double() if tensor.is_floating_point() else tensor
 
-    tensors = {name: widen(tensor[rows] if name in case.rows else tensor) for name, tensor in inputs.tensors.items()}
-    return Inputs(tensors, tuple(widen(gradient[rows]) for gradient in inputs.grad_outputs))
+    tensors = {name: widen(tensor) for name, tensor in inputs.tensors.items()}
+    return Inputs(tensors, tuple(map(widen, inputs.grad_outputs)))

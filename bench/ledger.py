@@ -79,7 +79,8 @@ def save(results: Path, module: str, new: dict) -> str:
 class Record:
     """What one entry measured. Seconds are per call; `bytes` and `flops` come from the definition of the work.
 
-    `backend` is what ran for this project: "triton", or "reference" where there is no kernel for the card.
+    `backend` is what ran for this project: "triton", "reference" where there is no kernel for the card, or
+    the name of who it hands over to.
     """
 
     work: str
@@ -97,7 +98,7 @@ class Record:
     def note(self) -> str:
         """What a reader has to know about the record; empty where all is as usual."""
         timed = "" if self.timed_by == "graph" else f"by {self.timed_by}"
-        ran = "reference" if self.backend == "reference" else ""
+        ran = "" if self.backend in (None, "triton") else self.backend
         return ", ".join(filter(None, (ran, timed)))
 
     @property
@@ -158,6 +159,11 @@ class Device:
         """How many times as fast as `who` on the same work; None when that was not measured."""
         other = self.find(record.work, who, record.dtype)
         return None if other is None else other.seconds / record.seconds
+
+    def best(self, work: str, dtype: str, besides: str) -> Record | None:
+        """The fastest record of a work by another than `besides`; None where there is none."""
+        others = (r for r in self.records if (r.work, r.dtype) == (work, dtype) and r.who != besides)
+        return min(others, key=lambda record: record.seconds, default=None)
 
 
 def load(results: Path) -> list[Device]:

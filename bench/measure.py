@@ -7,8 +7,10 @@ no set finds itself in the cache. pytest-benchmark runs the rounds, with the GPU
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import cycle
+from textwrap import shorten
 
 import torch
 
@@ -28,6 +30,11 @@ _SETS_IF_OVERWRITTEN = 8
 _BURSTS = 25
 # Few enough launches that the queue never fills and the host never waits.
 _CALLS_PER_BURST = 10
+_REASON_CHARACTERS = 160
+
+
+class Refused(Exception):
+    """A peer does not run a case on this machine; the message, one line, says whose refusal it is and the reason."""
 
 
 def input_sets(set_bytes: int, cache_bytes: int) -> int:
@@ -44,16 +51,19 @@ def iterations_per_round(call_seconds: float, sets: int) -> int:
 def measure(benchmark, machine, case: Case, tiny: Case, direction: str, peer: Peer) -> None:
     """Check `peer` on the case and time it into `benchmark`, whose extra_info becomes the record of the results.
 
-    `tiny` is the same operator on few tokens, for host time. Raises WrongResult instead of timing what is wrong.
+    `tiny` is the same operator on few tokens, for host time. Raises WrongResult instead of timing what is wrong, and
+    Refused where a peer, other than this project, cannot be called.
     """
-    function = peer.load(case)
+    with _refusal_of(peer, case.work(direction)):
+        function = peer.load(case)
     overwrites = peer.overwrites if direction == BOTH else ()
     inputs = case.make(0)
     sets = _SETS_IF_OVERWRITTEN if overwrites else input_sets(inputs.nbytes, machine.cache_bytes)
     calls = [Call(function, peer.prepare(inputs if i == 0 else case.make(i)), direction) for i in range(sets)]
     restore = _restorer(calls, overwrites)
 
-    replay, timed_by = machine.capture(lambda: [call() for call in calls])
+    with _refusal_of(peer, case.work(direction)):
+        replay, timed_by = machine.capture(lambda: [call() for call in calls])
     calls[0].poison()
     restore()
     replay()
@@ -83,10 +93,22 @@ def measure(benchmark, machine, case: Case, tiny: Case, direction: str, peer: Pe
         peak_mib=round(machine.peak_bytes(calls[0]) / 2**20, 2),
         host_seconds=_host_seconds(machine, tiny, direction, peer, function),
         timed_by=timed_by,
-        backend=kernels.choose(case.operator, machine.device).backend if peer is CRAMFAST else None,
+        backend=_backend(case, machine) if peer is CRAMFAST else None,
         input_sets=sets,
         error_ratio=round(error_ratio, 3),
     )
+
+
+@contextmanager
+def _refusal_of(peer: Peer, work: str) -> Iterator[None]:
+    """What a peer raises, as its refusal. Packages and backends have dozens of ways to say that they cannot."""
+    try:
+        yield
+    except Exception as error:
+        if peer is CRAMFAST:
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise Refused(f"{peer.who} on {work}: {shorten(reason, _REASON_CHARACTERS)}") from error
 
 
 def _restorer(calls: list[Call], overwrites: tuple[str, ...]) -> Callable[[], None]:
@@ -125,3 +147,8 @@ def _host_seconds(machine, tiny: Case, direction: str, peer: Peer, function: Cal
         seconds.append((time.perf_counter() - start) / _CALLS_PER_BURST)
     machine.synchronize()
     return statistics.median(seconds)
+
+
+def _backend(case: Case, machine) -> str:
+    """Who computes this project's side of the case; the case knows where its size is handed over to others."""
+    return case.handed_over or kernels.choose(case.operator, machine.device, case.dtype).backend

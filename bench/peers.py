@@ -9,6 +9,7 @@ import torch
 from .cases import Case, Inputs
 
 Tensors = dict[str, torch.Tensor]
+Outputs = tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -17,8 +18,9 @@ class Peer:
 
     `load(case)` returns it as a function of the inputs by name. Its top-level `modules` must be found, or it is skipped
     by the name of its `package`. A peer that takes its inputs in another form has `prepare` (a case's inputs → its own)
-    and `restore` (gradients of its own → of the case's). `overwrites` names own inputs that its backward pass destroys.
-    `allowance`: how many times PyTorch's error its error may be. `host`: whether host time is measured.
+    and `restore` (the case's inputs, its own outputs and gradients → the case's outputs and gradients). `overwrites`
+    names own inputs that its backward pass destroys. `allowance`: how many times PyTorch's error its error may be.
+    `host`: whether host time is measured.
     """
 
     who: str
@@ -26,7 +28,10 @@ class Peer:
     modules: tuple[str, ...] = ()
     package: str = ""
     prepare: Callable[[Inputs], Inputs] = lambda inputs: inputs
-    restore: Callable[[Tensors], Tensors] = lambda gradients: gradients
+    restore: Callable[[Inputs, Outputs, Tensors], tuple[Outputs, Tensors]] = lambda _, outputs, gradients: (
+        outputs,
+        gradients,
+    )
     overwrites: tuple[str, ...] = ()
     allowance: float = 2.0
     host: bool = True

@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+from .cases import BOTH
 from .ledger import Device, Module, Record
 from .tables import OURS, by_work, micros, percent
 
 # Two colours of Okabe and Ito's palette, which people with colour blindness tell apart, and a neutral grey.
 _OURS_COLOUR, _PEER_COLOUR, _LIMIT_COLOUR = "#0072B2", "#B0B0B0", "#D55E00"
+# Beyond this many only forward + backward is shown: it is what a training step pays.
+_MOST_PANELS = 12
 _BAR_INCHES, _PANEL_INCHES, _WIDTH_INCHES = 0.27, 0.62, 8.0
 
 
@@ -18,6 +21,8 @@ def draw(device: Device, module: Module, path: Path) -> None:
     works: dict[tuple[str, str], list[Record]] = {}
     for record in sorted(module.records, key=by_work):
         works.setdefault((record.work, record.dtype), []).append(record)
+    if len(works) > _MOST_PANELS:
+        works = {key: records for key, records in works.items() if records[0].direction == BOTH} or works
     heights = [_PANEL_INCHES + _BAR_INCHES * len(records) for records in works.values()]
     figure = Figure(figsize=(_WIDTH_INCHES, sum(heights) + 0.5), layout="constrained")
     FigureCanvasAgg(figure)

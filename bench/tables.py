@@ -1,22 +1,26 @@
 """Results as text: the table at the end of a run, the README's tables, a comparison of two revisions."""
 
+import re
 from collections.abc import Iterable
 
 from .cases import BOTH, FORWARD
 from .ledger import Device, Module, Record
 
 OURS = "cramfast"
+# In the place of a who's name: the fastest that was measured besides this project.
+BEST = "best"
 _ORDER = (OURS, "torch-eager", "torch-compile")
+_RIVALS = {"torch-compile": "× compile", "torch-eager": "× eager"}
 _REGRESSION = 1.05
 _LIMITS = "limits"
 
 
 def run_table(device: Device, ran: set[tuple[str, str, str]]) -> list[str]:
-    """Lines of work, who, µs, share of copy bandwidth and speed against torch.compile, of the records that ran."""
+    """Lines of work, who, µs, share of copy bandwidth and speed against the best peer, of the records that ran."""
     records = sorted((r for r in device.records if (r.work, r.who, r.dtype) in ran), key=by_work)
-    rows = [("work", "who", "dtype", "µs", "of copy", "× compile", "")]
+    rows = [("work", "who", "dtype", "µs", "of copy", "× best", "")]
     for record in records:
-        share, speed = device.copy_share(record), device.speed(record, "torch-compile")
+        share, speed = device.copy_share(record), _speed(device, record, BEST)
         measured = (micros(record.seconds), percent(share), times(speed), record.note)
         rows.append((record.work, record.who, record.dtype, *measured))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -47,21 +51,25 @@ def _limits_table(module: Module) -> str:
 
 
 def _operator_tables(device: Device, module: Module) -> list[str]:
-    """A table for each operator, case and dtype, with a row for each who."""
+    """A table for each operator, case and dtype, with a row for each who.
+
+    Speeds are those against torch.compile and eager PyTorch, or, where neither is among the peers, the best of them.
+    """
     tables = []
+    rivals = {BEST: "× best"} if _RIVALS.keys().isdisjoint(r.who for r in module.records) else _RIVALS
     for operator, case, dtype in dict.fromkeys(
         (r.operator, r.case, r.dtype) for r in sorted(module.records, key=by_work)
     ):
         records = [r for r in module.records if (r.operator, r.case, r.dtype) == (operator, case, dtype)]
-        rows = [_row(device, [r for r in records if r.who == who]) for who in _ordered({r.who for r in records})]
+        whos = _ordered({r.who for r in records})
+        rows = [_row(device, [r for r in records if r.who == who], tuple(rivals)) for who in whos]
         head = (
             "who",
             "fwd µs",
             "fwd+bwd µs",
             "of copy: fwd",
             "fwd+bwd",
-            "× compile",
-            "× eager",
+            *rivals.values(),
             "extra MiB",
             "host µs",
         )
@@ -69,8 +77,8 @@ def _operator_tables(device: Device, module: Module) -> list[str]:
     return tables
 
 
-def _row(device: Device, records: list[Record]) -> tuple[str, ...]:
-    """One who's row. Speeds, memory and host time are those of fwd+bwd, or of fwd where that is all there is."""
+def _row(device: Device, records: list[Record], rivals: tuple[str, ...]) -> tuple[str, ...]:
+    """One who's row. Speeds against `rivals`, memory and host time are those of fwd+bwd, or of fwd if that is all."""
     by_direction = {record.direction: record for record in records}
     forward, both = by_direction.get(FORWARD), by_direction.get(BOTH)
     whole = both or forward
@@ -81,11 +89,18 @@ def _row(device: Device, records: list[Record]) -> tuple[str, ...]:
         micros(both and both.seconds),
         percent(forward and device.copy_share(forward)),
         percent(both and device.copy_share(both)),
-        times(device.speed(whole, "torch-compile")),
-        times(device.speed(whole, "torch-eager")),
+        *(times(_speed(device, whole, rival)) for rival in rivals),
         "" if whole.peak_mib is None else f"{whole.peak_mib:.0f}",
         micros(whole.host_seconds),
     )
+
+
+def _speed(device: Device, record: Record, rival: str) -> float | None:
+    """How many times as fast the record is as `rival`, a who or BEST; None where that was not measured."""
+    if rival != BEST:
+        return device.speed(record, rival)
+    best = device.best(record.work, record.dtype, besides=OURS)
+    return None if best is None else best.seconds / record.seconds
 
 
 def _environment(environment: dict) -> str:
@@ -115,7 +130,9 @@ def markdown(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 
 def by_work(record: Record) -> tuple:
-    return record.operator, record.case, record.dtype, record.direction, *_rank(record.who)
+    # Numbers by size: a sequence length of 1024 comes after one of 64.
+    case = [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", record.case)]
+    return record.operator, case, record.dtype, record.direction, *_rank(record.who)
 
 
 def _ordered(whos: Iterable[str]) -> list[str]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from cramfast import kernels
 
 from .cases import BOTH, DIRECTIONS, FORWARD, Case, Inputs, Sizes
-from .peers import STANDARD, Peer
+from .peers import STANDARD, Outputs, Peer, Tensors
 
 
 def gelu_case(sizes: Sizes) -> Case:
@@ -73,6 +73,10 @@ def _halves(inputs: Inputs) -> Inputs:
     return Inputs({"a": a, "b": b}, inputs.grad_outputs)
 
 
+def _joined(inputs: Inputs, outputs: Outputs, gradients: Tensors) -> tuple[Outputs, Tensors]:
+    return outputs, {"x": torch.cat((gradients["a"], gradients["b"]), -1)} if gradients else {}
+
+
 # Its backward writes the gradients over a and b. Left alone they would shrink towards zero from call to call.
 LIGER = Peer(
     "liger",
@@ -80,7 +84,7 @@ LIGER = Peer(
     ("liger_kernel",),
     "liger-kernel",
     prepare=_halves,
-    restore=lambda gradients: {"x": torch.cat((gradients["a"], gradients["b"]), -1)} if gradients else {},
+    restore=_joined,
     overwrites=("a", "b"),
 )
 

@@ -134,7 +134,7 @@ def _store_unturned(
     """Store a gradient; where there are angles, that of turned rows as that of the rows before."""
     if angles_ptr is None:
         _store(pointer, dx, rows, valid, STRIDE, D, WIDTH, MASKED)
-    elif tl.num_programs(0) > 0:  # always so; under a condition the angles are not loaded ahead, into registers
+    else:
         HALF: tl.constexpr = D // 2
         dy1, dy2 = tl.split(tl.permute(tl.reshape(dx, (rows.shape[0], 2, HALF)), (0, 2, 1)))
         cos, sin = _angles(angles_ptr, rows, valid, D, MASKED)

@@ -6,7 +6,6 @@ for the output and the gradient of qkv. All memory that is allocated on the way 
 Shapes: T tokens, S places in one sequence, H heads, D head size.
 """
 
-import functools
 import importlib
 import itertools
 from dataclasses import replace
@@ -19,7 +18,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils import deterministic
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from cramfast.config import PRESETS
 from cramfast.kernels import Launch, choose, mask_tokens, varlen_attention, varlen_attention_reference
@@ -168,8 +166,8 @@ def test_every_way_through_the_kernels(path, dtype):
 @pytest.mark.parametrize("path", DENSE)
 def test_sequences_that_fill_tiles_or_blocks_need_no_masks(path, monkeypatch):
     lengths = PATHS[path] if NATIVE else PATHS[path][:1]
-    # As far as all others: masks that leave nothing out.
     qkv, grad, arguments = *batch(lengths), (boundaries(lengths), lengths[0])
+    # A window as wide as the sequence asks for masks that leave nothing out.
     masked = results(varlen_attention, qkv, grad, *arguments, window=lengths[0])
 
     def group(*_):
@@ -200,9 +198,12 @@ def test_batches_of_every_size(lengths, head_size, dtype):
     assert_as_exact_as_the_reference(lengths, 1, head_size, dtype)
 
 
+FORMS = ({}, {"window": 20}, {"window": 100}, {"softmax_scale": 0.3})
+
+
 @pytest.mark.parametrize(
     ("head_size", "dtype", "options", "turned"),
-    itertools.product(HEAD_SIZES, DTYPES, ({}, {"window": 20}, {"window": 100}, {"softmax_scale": 0.3}), (False, True))
+    [*itertools.product(HEAD_SIZES, DTYPES, FORMS, (False, True))]
     if NATIVE
     else ((64, HALF, {}, False), (32, BF16, {"window": 20}, True)),
 )
@@ -279,8 +280,8 @@ def test_scores_of_any_size(path, softmax_scale):
 def test_scores_far_from_zero(path, sign):
     lengths = PATHS[path]
     (qkv, grad), arguments = batch(lengths), (boundaries(lengths), max(lengths))
-    # All scores are around 1000 or -1000: a maximum that starts at 0, or is not taken off, ends in 0 / 0 or infinity.
-    qkv[:, :2, :, 0] = 100
+    # All scores are around 160 or -160: a maximum that starts at 0, or is not taken off, ends in 0 / 0 or infinity.
+    qkv[:, :2, :, 0] = 40
     qkv[:, 0, :, 0] *= sign
     ours, theirs, exact = (
         results(attend, *(x.to(dtype) for x in (qkv, grad)), *arguments, softmax_scale=0.1)
@@ -291,7 +292,7 @@ def test_scores_far_from_zero(path, sign):
         )
     )
     for our, their, true in zip(ours, theirs, exact, strict=True):
-        # fp32 tells scores as large apart by 2^-14, and so the weights; that comes on top of the result's rounding.
+        # fp32 tells scores as large apart by 2^-17, and so the weights; that comes on top of the result's rounding.
         assert (our - true).norm() <= 2 * max((their - true).norm(), torch.finfo(HALF).eps * true.norm())
 
 
@@ -331,18 +332,16 @@ TABLES = {
 
 
 @paths
-@pytest.mark.parametrize("tables", TABLES)
-def test_rotary_embedding_is_that_applied_outside(path, tables):
+@pytest.mark.parametrize(
+    ("tables", "dtype", "wide"),
+    [*itertools.product(TABLES, DTYPES, (True, False))]
+    if NATIVE
+    else [*zip(TABLES, (HALF, BF16, BF16, HALF), (True, True, False, False), strict=True)],
+)
+def test_rotary_embedding_is_that_applied_outside(path, tables, dtype, wide):
     lengths = PATHS[path]
-    # Interpreted, one of them is enough to wait for.
-    cases = (
-        itertools.product(DTYPES, (True, False))
-        if NATIVE
-        else [(HALF if "rotary" in tables else BF16, "with" in tables)]
-    )
-    for dtype, wide in cases:
-        options = TABLES[tables](max(lengths), 64, torch.float32 if wide else dtype)
-        assert_as_exact_as_the_reference(lengths, dtype=dtype, **options)
+    options = TABLES[tables](max(lengths), 64, torch.float32 if wide else dtype)
+    assert_as_exact_as_the_reference(lengths, dtype=dtype, **options)
 
 
 @paths
@@ -455,6 +454,7 @@ def test_a_sequence_knows_nothing_of_the_others(max_seqlen, options):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("max_seqlen", ALONE)
 def test_what_is_not_finite_stays_in_its_sequence(max_seqlen, value):
+    # In a tile that sequences share it would not: weights of 0 between them do not undo what is not finite.
     lengths, sick = ALONE[max_seqlen], 1
     (qkv, grad), arguments = batch(lengths), (boundaries(lengths), max_seqlen)
     clean = by_sequence(results(varlen_attention, qkv, grad, *arguments), lengths)
@@ -533,41 +533,6 @@ def test_settings_do_not_depend_on_the_number_of_tokens(monkeypatch, max_seqlen,
         launched.clear()
     assert len(of_batch[0]) >= 3  # groups, forward, backward
     assert all(launches == of_batch[0] for launches in of_batch)
-
-
-class Recorder(TorchDispatchMode):
-    """Keeps what operators of this package are called with."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "cramfast":
-            plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
-            self.calls.append((function._opname, plain))
-        return function(*args, **(kwargs or {}))
-
-
-@functools.lru_cache
-def recorded_calls():
-    """The calls of torch.ops.cramfast that attention and its gradient consist of, as (name, arguments)."""
-    recorder = Recorder()
-    with pytest.MonkeyPatch.context() as patch:
-        # As torch.compile traces it: eager code goes past the registered operators.
-        patch.setattr(torch.compiler, "is_compiling", lambda: True)
-        for lengths, max_seqlen, turned, options in (
-            ((30, 9, 0, 20), 64, True, {"dropout_p": 0.3}),
-            ((64, 64), 64, False, {}),
-            ((70, 9), 128, True, {"window": 20}),
-            ((130, 20), 130, False, {"dropout_p": 0.3}),
-            ((192,), 192, True, {}),
-        ):
-            qkv, grad = batch(lengths, head_size=32)
-            tables = rotary(max_seqlen, 32) if turned else {}
-            with recorder:
-                results(varlen_attention, qkv, grad, boundaries(lengths), max_seqlen, **tables, **options)
-    return recorder.calls
 
 
 def test_the_registered_operators_compute_what_eager_code_does():

@@ -51,11 +51,17 @@ def test_every_plot_that_the_readme_shows_is_there():
         assert (ROOT / plot).exists(), plot
 
 
-# What the README says is missed: the eager call's way through Python, and a torch.compile that leaves less to gain.
+# What the README says is missed: the eager call's way through Python, and a torch.compile that leaves less to gain. Of
+# attention, an SDPA that leaves less than a copy would take for sequences of 64; sequences of 256, 3 % short; rotary
+# embedding, which costs more than 5 %.
 KNOWN_MISSES = {
     ("layer_norm/fwd", bars.HOST, "torch-eager"),
     ("layer_norm/fwd+bwd", bars.HOST, "torch-eager"),
     ("add_layer_norm/fwd+bwd", bars.SPEED, "torch-compile"),
+    ("varlen_attention/fwd+bwd/all-64", bars.SPEED, "best"),
+    ("varlen_attention/fwd+bwd/all-256", bars.SPEED, "best"),
+    ("varlen_attention/fwd+bwd/all-128-rotary", bars.SPEED, "cramfast"),
+    ("varlen_attention/fwd+bwd/ragged-16-128-rotary", bars.SPEED, "cramfast"),
 }
 
 
@@ -70,7 +76,8 @@ def test_every_bar_holds_on_an_h200_but_those_known_to_be_missed():
 
 def test_what_was_measured_on_an_h200_ran_as_kernels_of_one_clean_revision():
     modules = [
-        json.loads((H200 / f"{name}.json").read_text()) for name in ("layer_norm", "gelu", "embedding", "limits")
+        json.loads((H200 / f"{name}.json").read_text())
+        for name in ("layer_norm", "gelu", "embedding", "attention", "limits")
     ]
     assert len({module["environment"]["revision"] for module in modules}) == 1
     for module in modules:
@@ -78,4 +85,6 @@ def test_what_was_measured_on_an_h200_ran_as_kernels_of_one_clean_revision():
         assert module["commit_info"] == {"id": module["environment"]["revision"], "dirty": False}
         for info in (entry["extra_info"] for entry in module["benchmarks"]):
             assert info["timed_by"] == "graph"
-            assert info["backend"] == ("triton" if info["who"] == "cramfast" else None)
+            # Longer sequences than the kernels take.
+            ours = "varlen-attn" if info["work"].endswith("/all-1024") else "triton"
+            assert info["backend"] == (ours if info["who"] == "cramfast" else None)

@@ -85,14 +85,17 @@ def _tile(device: torch.device, head_size: int, longest: int, dropout: bool) -> 
 
 
 _remembered_tile = functools.lru_cache(_tile)
+_remembered_capability = functools.lru_cache(capability_of)
 
 
 def _setting(qkv, groups, angles, tile) -> Setting:
-    return setting_for(tile, int(qkv.shape[-1]), groups is not None, angles is not None, capability_of(qkv.device))
+    return setting_for(
+        tile, int(qkv.shape[-1]), groups is not None, angles is not None, _remembered_capability(qkv.device)
+    )
 
 
 def _turned_apart(qkv, groups, angles, tile) -> bool:
-    return angles is not None and not turns_in(tile, groups is not None, capability_of(qkv.device))
+    return angles is not None and not turns_in(tile, groups is not None, _remembered_capability(qkv.device))
 
 
 def _run(kernel, tuning, tensors, qkv, groups, tile, longest, scale, window, dropout):
@@ -103,8 +106,7 @@ def _run(kernel, tuning, tensors, qkv, groups, tile, longest, scale, window, dro
     programs = count * heads * (1 if tile else ceil_div(longest, BLOCK))
     if tuning.programs and qkv.device.type == "cuda":
         programs = min(programs, multiprocessors(qkv.device) * tuning.programs)
-    span = () if tile else (longest,)
-    launch(programs, *tensors, total, count, *span, window, scale, dropout)
+    launch(programs, *tensors, total, count if tile else longest, window, scale, dropout)
 
 
 def _forward(qkv, groups, bounds, angles, seed, tile, longest, scale, window, dropout):

@@ -1,4 +1,4 @@
-"""The Triton kernels of `attention.py`, and how they are launched.
+"""The Triton kernels of `attention.py`.
 
 Sequences are taken in groups (`sequences.py`): whole short ones together as far as a tile of rows holds them, so that a
 batch of 20-token sentences does not pay for 128-row tiles, or a longer one alone. A token sees an interval of its
@@ -144,7 +144,7 @@ def _store_unturned(
 
 
 @triton.jit
-def _block(groups_ptr, count, span, H: tl.constexpr, BLOCK: tl.constexpr):
+def _block(groups_ptr, span, H: tl.constexpr, BLOCK: tl.constexpr):
     """This program's head, the first place of its block in its group, and the group. Without a block left in the group
     the place is past its end. Heads of one block come one after the other, for their rows share lines of memory."""
     program = tl.program_id(0)
@@ -308,7 +308,6 @@ def forward_blocks(
     out_ptr,  # (T, H, D)
     lse_ptr,  # (H, T)
     T,
-    count,  # of groups, where groups_ptr is None
     span,  # of a group, the most it can have
     window,
     scale,
@@ -322,12 +321,11 @@ def forward_blocks(
 ):
     MASKED: tl.constexpr = groups_ptr is not None
     ROW: tl.constexpr = 3 * H * D
-    head, first, start, length = _block(groups_ptr, count, span, H, BLOCK)
+    head, first, start, length = _block(groups_ptr, span, H, BLOCK)
     if first < length:
         rows = tl.arange(0, BLOCK)
         place = first + rows
         valid = place < length
-        low, size = place, place.to(tl.uint32)
         if MASKED:
             low, size = _sight(bounds_ptr, start, place, valid, T, window, WINDOWED)
         qkv = qkv_ptr + start.to(tl.int64) * ROW + head * D
@@ -375,7 +373,6 @@ def backward_queries(
     dqkv_ptr,  # (T, 3, H, D): writes dq
     delta_ptr,  # (H, T): rowsum(out * dout)
     T,
-    count,  # of groups, where groups_ptr is None
     span,  # of a group, the most it can have
     window,
     scale,
@@ -390,12 +387,11 @@ def backward_queries(
     MASKED: tl.constexpr = groups_ptr is not None
     TURNED: tl.constexpr = angles_ptr is not None
     ROW: tl.constexpr = 3 * H * D
-    head, first, start, length = _block(groups_ptr, count, span, H, BLOCK)
+    head, first, start, length = _block(groups_ptr, span, H, BLOCK)
     if first < length:
         rows = tl.arange(0, BLOCK)
         place = first + rows
         valid = place < length
-        low, size = place, place.to(tl.uint32)
         if MASKED:
             low, size = _sight(bounds_ptr, start, place, valid, T, window, WINDOWED)
         token = start.to(tl.int64) + first
@@ -442,7 +438,6 @@ def backward_keys(
     seed_ptr,  # (1,) or None
     dqkv_ptr,  # (T, 3, H, D): writes dk and dv
     T,
-    count,  # of groups, where groups_ptr is None
     span,  # of a group, the most it can have
     window,
     scale,
@@ -459,12 +454,11 @@ def backward_keys(
     MASKED: tl.constexpr = groups_ptr is not None
     TURNED: tl.constexpr = angles_ptr is not None
     ROW: tl.constexpr = 3 * H * D
-    head, first, start, length = _block(groups_ptr, count, span, H, BLOCK)
+    head, first, start, length = _block(groups_ptr, span, H, BLOCK)
     if first < length:
         rows, columns = tl.arange(0, BLOCK), tl.arange(0, QUERIES)
         place = first + rows
         valid = place < length
-        low, size = place, place.to(tl.uint32)
         if MASKED:
             low, size = _sight(bounds_ptr, start, place, valid, T, window, WINDOWED)
         start_long = start.to(tl.int64)

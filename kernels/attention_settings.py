@@ -77,7 +77,7 @@ def setting_for(tile: int, head_size: int, masked: bool, rotary: bool, capabilit
 def launch_for(kernel, tuning: Tuning, tensors: tuple, heads: int, head_size: int, tile: int, windowed: bool) -> Launch:
     """One of the kernels for `tensors`, a dtype for each of its pointers, in tiles, or blocks where `tile` is 0."""
     constants = {"H": heads, "D": head_size, "WIDTH": triton.next_power_of_2(head_size)}
-    scalars = ("i32",) * (3 if tile else 4) + ("fp32", "fp32")
+    scalars = ("i32", "i32", "i32", "fp32", "fp32")
     constants["TILE" if tile else "BLOCK"] = tile or BLOCK
     if kernel is backward_keys:
         constants["QUERIES"] = BLOCK // 2

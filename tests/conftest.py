@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils import deterministic
 
 NATIVE = torch.cuda.is_available()
 
@@ -31,3 +32,42 @@ def triton_kernels(monkeypatch):
     monkeypatch.setenv("CRAMFAST_KERNELS", "triton")
     if not NATIVE:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def poisoned():
+    """Fills what torch.empty and its relatives return with NaN."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture
+def bf16_as_on_gpus(monkeypatch):
+    """Makes the interpreter round fp32 to bf16 to the nearest even, where it cuts the digits off, and multiply matrices
+    of bf16, whose bits it takes for integers."""
+    if NATIVE:
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
+
+    def convert_rounded(values, source, target, rounding):
+        if rounding is None and (source, target) == (tl.float32, tl.bfloat16):
+            return torch.tensor(values).bfloat16().view(torch.int16).numpy().view("uint16")
+        return convert(values, source, target, rounding)
+
+    def widened(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return interpreter.TensorHandle((x.data.astype("uint32") << 16).view("float32"), tl.float32)
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert_rounded)
+    monkeypatch.setattr(
+        interpreter.InterpreterBuilder,
+        "create_dot",
+        lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest),
+    )

@@ -10,14 +10,11 @@ import importlib
 import itertools
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-import triton.language as tl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils import deterministic
 
 from cramfast.config import PRESETS
 from cramfast.kernels import Launch, choose, mask_tokens, varlen_attention, varlen_attention_reference
@@ -52,44 +49,6 @@ PATHS = {
 DENSE = [path for path in PATHS if "masks" not in path]
 paths = pytest.mark.parametrize("path", PATHS)
 ATTENTION_FILE = importlib.import_module("cramfast.kernels.attention")
-
-
-@pytest.fixture
-def poisoned():
-    """Fills what torch.empty and its relatives return with NaN."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-
-
-@pytest.fixture
-def bf16_as_on_gpus(monkeypatch):
-    """Makes the interpreter round fp32 to bf16 to the nearest even, where it cuts the digits off, and multiply matrices
-    of bf16, whose bits it takes for integers."""
-    if NATIVE:
-        return
-    from triton.runtime import interpreter
-
-    convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
-
-    def convert_rounded(values, source, target, rounding):
-        if rounding is None and (source, target) == (tl.float32, tl.bfloat16):
-            return torch.tensor(values).bfloat16().view(torch.int16).numpy().view("uint16")
-        return convert(values, source, target, rounding)
-
-    def widened(x):
-        if x.dtype.scalar != tl.bfloat16:
-            return x
-        return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-    monkeypatch.setattr(interpreter, "_convert_float", convert_rounded)
-    monkeypatch.setattr(
-        interpreter.InterpreterBuilder,
-        "create_dot",
-        lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest),
-    )
 
 
 def randn(*shape, dtype=HALF, seed=0):

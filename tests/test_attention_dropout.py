@@ -15,9 +15,7 @@ from test_attention import (
     assert_alike,
     assert_as_exact,
     batch,
-    bf16_as_on_gpus,  # noqa: F401
     boundaries,
-    poisoned,  # noqa: F401
     results,
     same,
 )

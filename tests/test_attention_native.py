@@ -15,10 +15,8 @@ from test_attention import (
     assert_alike,
     assert_as_exact_as_the_reference,
     batch,
-    bf16_as_on_gpus,  # noqa: F401
     boundaries,
     needs_gpu,
-    poisoned,  # noqa: F401
     randn,
     results,
     rotary,

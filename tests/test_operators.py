@@ -12,9 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-import triton.language as tl
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils import deterministic
 
 from cramfast.config import PRESETS
 from cramfast.kernels import (
@@ -37,7 +35,7 @@ from cramfast.model import Bert
 NATIVE = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if NATIVE else "cpu")
 needs_gpu = pytest.mark.skipif(not NATIVE, reason="needs a CUDA device")
-pytestmark = pytest.mark.usefixtures("triton_kernels", "poisoned", "rounding_to_nearest", "short_chunks")
+pytestmark = pytest.mark.usefixtures("triton_kernels", "poisoned", "bf16_as_on_gpus", "short_chunks")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # The interpreter takes seconds for the large ones; there each T and each C comes up once.
@@ -57,33 +55,6 @@ EMBED_FILE = importlib.import_module("cramfast.kernels.embed")
 CHUNK = EMBED_FILE._CHUNK if NATIVE else 8
 PIECES = EMBED_FILE.join_launch(64, torch.float32, torch.int16).constants["CHUNKS"]
 RUNS, *RUN_SIZE = (20, 1000, 768) if NATIVE else (2, 40, 96)
-
-
-@pytest.fixture
-def poisoned():
-    """Fills what torch.empty and its relatives return with NaN."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-
-
-@pytest.fixture
-def rounding_to_nearest(monkeypatch):
-    """Makes the interpreter round fp32 to bf16 as GPUs do, to the nearest even; by itself it cuts the digits off."""
-    if NATIVE:
-        return
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-
-    def convert_rounded(values, source, target, rounding):
-        if rounding is None and (source, target) == (tl.float32, tl.bfloat16):
-            return torch.tensor(values).bfloat16().view(torch.int16).numpy().view("uint16")
-        return convert(values, source, target, rounding)
-
-    monkeypatch.setattr(interpreter, "_convert_float", convert_rounded)
 
 
 @pytest.fixture(scope="module")

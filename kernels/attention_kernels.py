@@ -316,6 +316,7 @@ def forward_blocks(
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
     STAGES: tl.constexpr,
     WINDOWED: tl.constexpr,
 ):
@@ -323,7 +324,7 @@ def forward_blocks(
     ROW: tl.constexpr = 3 * H * D
     head, first, start, length = _block(groups_ptr, span, H, BLOCK)
     if first < length:
-        rows = tl.arange(0, BLOCK)
+        rows, columns = tl.arange(0, BLOCK), tl.arange(0, STEP)
         place = first + rows
         valid = place < length
         if MASKED:
@@ -334,12 +335,12 @@ def forward_blocks(
         total = tl.zeros([BLOCK], tl.float32)
         out = tl.zeros([BLOCK, WIDTH], tl.float32)
         left, right = _range(first, length, window, BLOCK, WINDOWED)
-        for other in tl.range(left, right, BLOCK, num_stages=STAGES):
-            key = other + rows
+        for other in tl.range(left, right, STEP, num_stages=STAGES):
+            key = other + columns
             there = key < length
             k_ptr = qkv + other * ROW + H * D
-            k = _load(k_ptr, rows, there, ROW, D, WIDTH, MASKED)
-            v = _load(k_ptr + H * D, rows, there, ROW, D, WIDTH, MASKED)
+            k = _load(k_ptr, columns, there, ROW, D, WIDTH, MASKED)
+            v = _load(k_ptr + H * D, columns, there, ROW, D, WIDTH, MASKED)
             s = tl.dot(q, tl.trans(k))
             if MASKED:
                 s = tl.where(_sees(low[:, None], size[:, None], key[None, :]), s, float("-inf"))
@@ -381,6 +382,7 @@ def backward_queries(
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
     STAGES: tl.constexpr,
     WINDOWED: tl.constexpr,
 ):
@@ -389,7 +391,7 @@ def backward_queries(
     ROW: tl.constexpr = 3 * H * D
     head, first, start, length = _block(groups_ptr, span, H, BLOCK)
     if first < length:
-        rows = tl.arange(0, BLOCK)
+        rows, columns = tl.arange(0, BLOCK), tl.arange(0, STEP)
         place = first + rows
         valid = place < length
         if MASKED:
@@ -404,12 +406,12 @@ def backward_queries(
         lse = _load_vector(lse_ptr + head.to(tl.int64) * T + token, rows, valid, MASKED)
         dq = tl.zeros([BLOCK, WIDTH], tl.float32)
         left, right = _range(first, length, window, BLOCK, WINDOWED)
-        for other in tl.range(left, right, BLOCK, num_stages=STAGES):
-            key = other + rows
+        for other in tl.range(left, right, STEP, num_stages=STAGES):
+            key = other + columns
             there = key < length
             k_ptr = qkv + other * ROW + H * D
-            k = _load(k_ptr, rows, there, ROW, D, WIDTH, MASKED)
-            v = _load(k_ptr + H * D, rows, there, ROW, D, WIDTH, MASKED)
+            k = _load(k_ptr, columns, there, ROW, D, WIDTH, MASKED)
+            v = _load(k_ptr + H * D, columns, there, ROW, D, WIDTH, MASKED)
             s = tl.dot(q, tl.trans(k))
             dp = tl.dot(do, tl.trans(v))
             p = tl.exp2(s * (scale * LOG2_E) - lse[:, None])
@@ -446,7 +448,7 @@ def backward_keys(
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
-    QUERIES: tl.constexpr,
+    STEP: tl.constexpr,
     STAGES: tl.constexpr,
     WINDOWED: tl.constexpr,
 ):
@@ -456,7 +458,7 @@ def backward_keys(
     ROW: tl.constexpr = 3 * H * D
     head, first, start, length = _block(groups_ptr, span, H, BLOCK)
     if first < length:
-        rows, columns = tl.arange(0, BLOCK), tl.arange(0, QUERIES)
+        rows, columns = tl.arange(0, BLOCK), tl.arange(0, STEP)
         place = first + rows
         valid = place < length
         if MASKED:
@@ -471,7 +473,7 @@ def backward_keys(
         dk = tl.zeros([BLOCK, WIDTH], tl.float32)
         dv = tl.zeros([BLOCK, WIDTH], tl.float32)
         left, right = _range(first, length, window, BLOCK, WINDOWED)
-        for other in tl.range(left, right, QUERIES, num_stages=STAGES):
+        for other in tl.range(left, right, STEP, num_stages=STAGES):
             query = other + columns
             there = query < length
             q = _load(qkv + other * ROW, columns, there, ROW, D, WIDTH, MASKED)

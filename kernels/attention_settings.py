@@ -18,12 +18,14 @@ BLOCK = 64
 @dataclass(frozen=True)
 class Tuning:
     """num_warps and num_stages of a kernel; `registers`: the most a thread may have; `programs`: how many stay on each
-    multiprocessor and go from one piece of work to the next, 0 for a program for each."""
+    multiprocessor and go from one piece of work to the next, 0 for a program for each; `step`: how many rows a block
+    meets at a time."""
 
     num_warps: int
     num_stages: int
     registers: int | None = None
     programs: int = 0
+    step: int = BLOCK
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,11 @@ class Setting:
 _SMALL_TILE = Setting(Tuning(4, 1), Tuning(4, 1))
 _SMALL_TURNED_TILE = Setting(Tuning(4, 2, programs=4), Tuning(4, 2, programs=2))
 _LARGE_TILE = Setting(Tuning(8, 2, registers=128, programs=2), Tuning(8, 2, programs=1))
-_DENSE_BLOCKS = Setting(Tuning(4, 3), Tuning(4, 3), Tuning(4, 3))
-_BLOCKS = Setting(Tuning(4, 3), Tuning(4, 3), Tuning(4, 4))
-_WIDE_BLOCKS = Setting(Tuning(8, 2), Tuning(8, 2), Tuning(8, 2))
-_WIDE_BLOCKS_OF_120 = Setting(Tuning(8, 2), Tuning(8, 1), Tuning(8, 2))
-_BLOCKS_BEFORE_HOPPER = Setting(Tuning(4, 2), Tuning(4, 2), Tuning(4, 2))
+_DENSE_BLOCKS = Setting(Tuning(4, 3), Tuning(4, 3), Tuning(4, 3, registers=128, step=32))
+_BLOCKS = Setting(Tuning(4, 3), Tuning(4, 3, step=32), Tuning(4, 4, step=32))
+_WIDE_BLOCKS = Setting(Tuning(8, 2), Tuning(8, 2), Tuning(8, 2, step=32))
+_WIDE_BLOCKS_OF_120 = Setting(Tuning(8, 2), Tuning(8, 1), Tuning(8, 2, step=32))
+_BLOCKS_BEFORE_HOPPER = Setting(Tuning(4, 2), Tuning(4, 2), Tuning(4, 2, step=32))
 
 
 def tile_for(head_size: int, longest: int, dropout: bool, capability: int) -> int:
@@ -77,10 +79,12 @@ def setting_for(tile: int, head_size: int, masked: bool, rotary: bool, capabilit
 def launch_for(kernel, tuning: Tuning, tensors: tuple, heads: int, head_size: int, tile: int, windowed: bool) -> Launch:
     """One of the kernels for `tensors`, a dtype for each of its pointers, in tiles, or blocks where `tile` is 0."""
     constants = {"H": heads, "D": head_size, "WIDTH": triton.next_power_of_2(head_size)}
-    scalars = ("i32", "i32", "i32", "fp32", "fp32")
+    # Without masks, sequences fill tiles or blocks: their tokens, and those of all together, are a multiple of 16.
+    tokens = "i32" if torch.int32 in tensors else "i32:16"
+    scalars = (tokens, "i32" if tile else tokens, "i32", "fp32", "fp32")
     constants["TILE" if tile else "BLOCK"] = tile or BLOCK
-    if kernel is backward_keys:
-        constants["QUERIES"] = BLOCK // 2
+    if not tile:
+        constants["STEP"] = tuning.step
     constants |= {"STAGES": tuning.num_stages, "WINDOWED": windowed}
     return Launch(kernel, tensors, scalars, constants, tuning.num_warps, tuning.registers)
 

@@ -32,8 +32,9 @@ class Launch:
     """A kernel with everything decided but its arguments.
 
     The kernel's parameters come in this order: tensors, whose dtypes `pointers` gives (None: that one is absent),
-    scalars, whose Triton types `scalars` gives, and the compile-time `constants`. max_registers: how many a thread may
-    have; without a word the compiler weighs them against occupancy, and would rather spill a few bytes.
+    scalars, whose Triton types `scalars` gives, and the compile-time `constants`. A scalar of "i32:16" is always a
+    multiple of 16: the compiler then knows how addresses are aligned. max_registers: how many a thread may have;
+    without a word the compiler weighs them against occupancy, and would rather spill a few bytes.
     """
 
     kernel: Callable
@@ -80,9 +81,12 @@ class Launch:
         names = self.kernel.arg_names
         absent = {name: None for name, type_ in zip(names, types, strict=False) if type_ is None}
         types = ["constexpr" if type_ is None else type_ for type_ in types]
-        signature = dict(zip(names, [*types, *self.scalars, *("constexpr" for _ in self.constants)], strict=True))
-        present = (i for i, dtype in enumerate(self.pointers) if dtype is not None)
-        attributes = {(i,): [["tt.divisibility", _ALIGNMENT]] for i in present} if aligned else {}
+        scalars = [scalar.partition(":") for scalar in self.scalars]
+        types += [scalar for scalar, _, _ in scalars] + ["constexpr"] * len(self.constants)
+        signature = dict(zip(names, types, strict=True))
+        divisors = [_ALIGNMENT if aligned and dtype is not None else None for dtype in self.pointers]
+        divisors += [int(divisor) if divisor else None for _, _, divisor in scalars]
+        attributes = {(i,): [["tt.divisibility", divisor]] for i, divisor in enumerate(divisors) if divisor}
         source = ASTSource(self.kernel, signature, absent | self.constants, attributes)
         options = {"num_warps": self.num_warps, "maxnreg": self.max_registers}
         return triton.compile(source, target=target, options=options)

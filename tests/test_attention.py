@@ -242,17 +242,11 @@ def test_scores_far_from_zero(path, sign):
     # All scores are around 160 or -160: a maximum that starts at 0, or is not taken off, ends in 0 / 0 or infinity.
     qkv[:, :2, :, 0] = 40
     qkv[:, 0, :, 0] *= sign
-    ours, theirs, exact = (
-        results(attend, *(x.to(dtype) for x in (qkv, grad)), *arguments, softmax_scale=0.1)
-        for attend, dtype in (
-            (varlen_attention, HALF),
-            (varlen_attention_reference, HALF),
-            (varlen_attention_reference, torch.float64),
-        )
-    )
-    for our, their, true in zip(ours, theirs, exact, strict=True):
-        # fp32 tells scores as large apart by 2^-17, and so the weights; that comes on top of the result's rounding.
-        assert (our - true).norm() <= 2 * max((their - true).norm(), torch.finfo(HALF).eps * true.norm())
+    ours = results(varlen_attention, qkv, grad, *arguments, softmax_scale=0.1)
+    exact = results(varlen_attention_reference, qkv.double(), grad.double(), *arguments, softmax_scale=0.1)
+    # Not beside PyTorch's own error: cuDNN's gradients are NaN here for some lengths.
+    for our, true in zip(ours, exact, strict=True):
+        assert (our - true).norm() <= torch.finfo(HALF).eps * true.norm()
 
 
 @pytest.mark.parametrize("window", [0, 1, 20, 70, 2**40])

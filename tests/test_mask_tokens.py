@@ -45,6 +45,13 @@ def assert_within_5_deviations(value, mean, deviation):
     assert abs(value - mean) <= 5 * deviation
 
 
+def assert_distributed(found, expected, spread=1.0):
+    """Pearson's chi-square of counts `found`; `spread`: their variance, as a share of a Poisson count's."""
+    freedom = found.numel() - 1
+    chi_square = ((found - expected) ** 2 / (expected * spread)).sum()
+    assert_within_5_deviations(chi_square, freedom, math.sqrt(2 * freedom))
+
+
 @pytest.mark.parametrize("rate", RATES)
 @pytest.mark.parametrize("total", SIZES)
 def test_exactly_count_places_are_chosen_and_labelled(total, rate):
@@ -111,34 +118,46 @@ def test_special_tokens_are_never_chosen_nor_drawn():
     assert drawn.unique().tolist() == list(range(FIRST, END))
 
 
-def test_surplus_places_hold_special_tokens_unchanged_and_unlabelled():
-    ids, cu_seqlens = batch(ragged(20), special_every=2)
-    special = torch.isin(ids, SPECIAL)
-    surplus = 7
-    masked, positions, labels = mask(ids, cu_seqlens, int((~special).sum()) + surplus)
+def test_surplus_places_hold_special_tokens_of_the_sequence():
+    length, sequences, ordinary, count = 10, 50, (3, 8), 200
+    ids, cu_seqlens = batch(sequences * (length,))
+    special = torch.ones(sequences, length, dtype=torch.bool)
+    special[:, ordinary] = False
+    ids[special.flatten()] = SPECIAL[ids[special.flatten()] % len(SPECIAL)]
+    masked, positions, labels = mask(ids, cu_seqlens, count, replace=(1.0, 0.0))
+    chosen = torch.zeros(sequences * length, dtype=torch.bool)
+    chosen[positions] = True
     assert (positions.diff() > 0).all()
-    assert torch.isin(torch.where(~special)[0], positions).all()
-    unlabelled = labels == -100
-    assert unlabelled.sum() == surplus
-    assert torch.equal(special[positions], unlabelled)
-    assert torch.equal(labels[~unlabelled], ids[positions[~unlabelled]])
-    assert torch.equal(masked[special], ids[special])
+    # Four places for two ordinary tokens: they, and two others, in every sequence.
+    assert (chosen.view_as(special).sum(1) == 4).all()
+    assert chosen.view_as(special)[:, ordinary].all()
+    surplus = special.flatten()[positions]
+    assert torch.equal(labels, torch.where(surplus, -100, ids[positions]))
+    assert torch.equal(masked, torch.where(special.flatten(), ids, MASK))
 
 
 @pytest.mark.parametrize("replace", [(0.8, 0.1), (0.5, 0.5), (0.0, 0.3)])
 def test_shares_of_masked_random_and_kept_tokens(replace):
     ids, cu_seqlens = batch(6400 * (128,))
     masked, positions, labels = mask(ids, cu_seqlens, ids.numel() // 4, replace=replace)
-    n, after = positions.numel(), masked[positions]
-    # One draw in END - FIRST gives the token that was there.
-    masked_share, random_share = replace[0], replace[1] * (1 - 1 / (END - FIRST))
+    after = masked[positions]
     hidden, kept = after == MASK, after == labels
-    for share, found in [
-        (masked_share, hidden),
-        (random_share, ~hidden & ~kept),
-        (1 - masked_share - random_share, kept),
-    ]:
-        assert_within_5_deviations(found.sum(), n * share, math.sqrt(n * share * (1 - share)))
+    # One draw in END - FIRST gives the token that was there.
+    shares = torch.tensor((replace[0], replace[1] * (1 - 1 / (END - FIRST)), 0.0)).double()
+    shares[2] = 1 - shares.sum()
+    found = torch.stack((hidden.sum(), (~hidden & ~kept).sum(), kept.sum()))
+    assert (found[shares == 0] == 0).all()
+    expected = positions.numel() * shares
+    assert_distributed(found[shares > 0], expected[shares > 0])
+
+
+def test_what_happens_to_a_token_does_not_depend_on_its_place():
+    length, sequences = 64, 8000
+    ids, cu_seqlens = batch(sequences * (length,))
+    masked, positions, _ = mask(ids, cu_seqlens, ids.numel(), replace=(0.25, 0.0))
+    found = torch.bincount(positions[masked == MASK] % length, minlength=length).double()
+    # A place's count is binomial; the sum over places is not fixed.
+    assert_distributed(found, found.mean(), 0.75)
 
 
 def test_replace_can_mask_every_chosen_token():
@@ -154,13 +173,6 @@ def test_replace_can_keep_every_token():
     assert torch.equal(masked, ids)
 
 
-def assert_uniform(found, expected, spread=1.0):
-    """Pearson's chi-square of counts `found`; `spread`: their variance, as a share of a Poisson count's."""
-    freedom = found.numel() - 1
-    chi_square = ((found - expected) ** 2).sum() / (expected * spread)
-    assert_within_5_deviations(chi_square, freedom, math.sqrt(2 * freedom))
-
-
 @pytest.mark.parametrize(("length", "count"), [(128, 32), (17, 5)])
 def test_every_place_of_a_sequence_is_equally_likely(length, count):
     sequences = 8000
@@ -169,7 +181,7 @@ def test_every_place_of_a_sequence_is_equally_likely(length, count):
     found = torch.bincount(positions % length, minlength=length).double()
     # Drawing without replacement: a place's count varies by p (1 - p), and the sum over places is fixed.
     rate = count / length
-    assert_uniform(found, sequences * rate, (1 - rate) * length / (length - 1))
+    assert_distributed(found, sequences * rate, (1 - rate) * length / (length - 1))
 
 
 @pytest.mark.parametrize("distance", [1, 2, 64])
@@ -197,7 +209,7 @@ def test_ordinary_tokens_among_special_ones_are_equally_likely():
     ordinary[specials] = False
     assert (found[specials] == 0).all()
     rate, choices = 6 / ordinary.sum(), ordinary.sum()
-    assert_uniform(found[ordinary], sequences * rate, (1 - rate) * choices / (choices - 1))
+    assert_distributed(found[ordinary], sequences * rate, (1 - rate) * choices / (choices - 1))
 
 
 @pytest.mark.parametrize("replace", [(0.0, 1.0), (0.8, 0.1)])
@@ -207,7 +219,7 @@ def test_random_tokens_are_drawn_uniformly(replace):
     # Leaving out draws of the token that was there favours no id: the tokens themselves are uniform.
     drawn = masked[(masked != MASK) & (masked != ids)]
     found = torch.bincount(drawn - FIRST, minlength=END - FIRST).double()
-    assert_uniform(found, drawn.numel() / (END - FIRST))
+    assert_distributed(found, drawn.numel() / (END - FIRST))
 
 
 def test_what_happens_to_a_token_does_not_depend_on_what_it_is():
@@ -240,7 +252,134 @@ def test_another_seed_or_step_is_another_draw(seed, step):
     assert_within_5_deviations(both, 0.64 * common.numel(), math.sqrt(common.numel() * 0.64 * 0.36))
 
 
-@pytest.mark.parametrize("count", [-1, 101])
-def test_a_count_outside_the_batch_is_refused(count):
-    with pytest.raises(ValueError, match=f"count {count} is outside 0..100"):
-        mask(*batch((100,)), count)
+def test_the_draws_of_many_steps_are_independent():
+    length, sequences, steps = 128, 200, 40
+    ids, cu_seqlens = batch(sequences * (length,))
+    times = torch.zeros(ids.numel(), dtype=torch.int64)
+    for step in range(steps):
+        _, positions, _ = mask(ids, cu_seqlens, ids.numel() // 4, seed=1, step=step)
+        times[positions] += 1
+    # How often a token is chosen is binomial. Times of which there are few are counted together.
+    odds = [math.comb(steps, n) * 0.25**n * 0.75 ** (steps - n) for n in range(steps + 1)]
+    expected, found = ids.numel() * torch.tensor(odds).double(), torch.bincount(times, minlength=steps + 1)
+    common = expected > 50
+    expected, found = (torch.cat((x[common], x[~common].sum()[None])) for x in (expected, found))
+    assert_distributed(found, expected)
+
+
+def test_a_step_may_be_a_tensor():
+    ids, cu_seqlens = batch(ragged(20))
+    expected = mask(ids, cu_seqlens, 200, step=7)
+    for step in (torch.tensor(7), torch.tensor([7])):
+        assert all(torch.equal(a, b) for a, b in zip(expected, mask(ids, cu_seqlens, 200, step=step), strict=True))
+
+
+# Of the ordinary ids those divisible by three continue a word.
+CONTINUES = (torch.arange(1000) % 3 == 0) & (torch.arange(1000) >= FIRST) & (torch.arange(1000) < END)
+
+
+def words_of(ids, cu_seqlens):
+    """Which word each token belongs to; special tokens and the first of a sequence begin one."""
+    sequence, place = sequence_positions(cu_seqlens, ids.numel())
+    return (~CONTINUES[ids] | (place == 0)).cumsum(0) - 1, sequence
+
+
+@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("special_every", [None, 5])
+def test_words_are_chosen_whole(rate, special_every):
+    ids, cu_seqlens = batch(ragged(100), special_every)
+    total = ids.numel()
+    count = round(rate * total)
+    _, positions, _ = mask(ids, cu_seqlens, count, continues=CONTINUES)
+    assert positions.numel() == count and (positions.diff() > 0).all()
+    share = count / total * cu_seqlens.diff()
+    assert ((chosen_per_sequence(positions, cu_seqlens, total) - share).abs() < 1).all()
+    chosen = torch.zeros(total, dtype=torch.bool)
+    chosen[positions] = True
+    ordinary = ~torch.isin(ids, SPECIAL)
+    word, sequence = words_of(ids, cu_seqlens)
+    size = torch.bincount(word[ordinary], minlength=int(word[-1]) + 1)
+    taken = torch.bincount(word[ordinary & chosen], minlength=len(size))
+    cut = torch.where((taken > 0) & (taken < size))[0]
+    # One word of a sequence at most, and of it the first pieces.
+    sequence_of = torch.empty_like(size).index_copy(0, word, sequence)
+    assert len(sequence_of[cut].unique()) == len(cut)
+    assert all((chosen[ordinary & (word == number)].int().diff() <= 0).all() for number in cut)
+
+
+def test_words_are_equally_likely():
+    words, size, sequences, chosen = 16, 3, 8000, 4
+    ids, cu_seqlens = batch(sequences * (words * size,))
+    ids = torch.where(torch.arange(ids.numel()) % size == 0, 7, 6)
+    _, positions, _ = mask(ids, cu_seqlens, sequences * size * chosen, continues=CONTINUES)
+    assert torch.equal(positions.view(-1, size).diff(), torch.ones(sequences * chosen, size - 1).long())
+    found = torch.bincount(positions[::size] // size % words, minlength=words).double()
+    rate = chosen / words
+    assert_distributed(found, sequences * rate, (1 - rate) * words / (words - 1))
+
+
+def test_a_sequence_may_begin_amid_a_word():
+    ids, cu_seqlens = torch.full((60,), 6), torch.tensor([0, 30, 60]).int()
+    _, positions, _ = mask(ids, cu_seqlens, 20, continues=CONTINUES)
+    # Each sequence is one word, of which the share is the beginning.
+    assert positions.tolist() == [*range(10), *range(30, 40)]
+
+
+def test_without_continuing_ids_words_are_tokens():
+    ids, cu_seqlens = batch(ragged(50), special_every=7)
+    alone = torch.zeros_like(CONTINUES)
+    whole, plain = mask(ids, cu_seqlens, 700, continues=alone), mask(ids, cu_seqlens, 700)
+    assert all(torch.equal(a, b) for a, b in zip(whole, plain, strict=True))
+
+
+IDS, ENDS = batch((100,))
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "change"),
+    [
+        (ValueError, "count is -1, expected at least 0", {"count": -1}),
+        (ValueError, "count is 101, expected at most 100, the number of tokens", {"count": 101}),
+        (TypeError, "count is of type float, expected int", {"count": 25.0}),
+        (TypeError, "input_ids is float32, expected int32 or int64", {"ids": IDS.float()}),
+        (ValueError, r"input_ids has shape \(4, 25\)", {"ids": IDS.view(4, 25)}),
+        (TypeError, "cu_seqlens is int64, expected int32", {"cu_seqlens": ENDS.long()}),
+        (ValueError, r"cu_seqlens has shape \(1, 2\)", {"cu_seqlens": ENDS[None]}),
+        (ValueError, r"cu_seqlens has shape \(1,\)", {"cu_seqlens": ENDS[:1]}),
+        (ValueError, "cu_seqlens is on meta, expected cpu", {"cu_seqlens": ENDS.to("meta")}),
+        (ValueError, "mask_id is -1, expected at least 0", {"mask_id": -1}),
+        (ValueError, r"ordinary is \(7, 5\), expected", {"ordinary": (7, 5)}),
+        (ValueError, r"ordinary is \(-1, 5\), expected", {"ordinary": (-1, 5)}),
+        (ValueError, r"replace is \(0.8, 0.3\), expected", {"replace": (0.8, 0.3)}),
+        (ValueError, r"replace is \(-0.1, 0.3\), expected", {"replace": (-0.1, 0.3)}),
+        (ValueError, r"replace is \(nan, 0.0\), expected", {"replace": (math.nan, 0.0)}),
+        (TypeError, "seed is of type float, expected int", {"seed": 0.5}),
+        (ValueError, f"seed is {2**63}, expected less than", {"seed": 2**63}),
+        (ValueError, f"step is {-(2**63) - 1}, expected at least", {"step": -(2**63) - 1}),
+        (TypeError, "step is int32, expected int64", {"step": torch.tensor(3).int()}),
+        (ValueError, r"step has shape \(2,\), expected one element", {"step": torch.tensor([3, 4])}),
+        (ValueError, "step is on meta, expected cpu", {"step": torch.tensor(3).to("meta")}),
+        (TypeError, "continues is int64, expected bool", {"continues": CONTINUES.long()}),
+        (ValueError, r"continues has shape \(2, 500\), expected", {"continues": CONTINUES.view(2, 500)}),
+        (ValueError, "continues is on meta, expected cpu", {"continues": CONTINUES.to("meta")}),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(error, message, change):
+    arguments = {"ids": IDS, "cu_seqlens": ENDS, "count": 25} | change
+    with pytest.raises(error, match=f"^mask_tokens: {message}"):
+        mask(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("ends", "message"),
+    [
+        ((0, 50, 40, 100), r"cu_seqlens\[2\] is 40, expected at least 50"),
+        ((0, 50), r"cu_seqlens\[1\] is 50, expected 100, all tokens"),
+        ((1, 100), r"cu_seqlens\[0\] is 1, expected 0"),
+    ],
+)
+def test_checking_finds_wrong_boundaries(ends, message, monkeypatch):
+    monkeypatch.setenv("CRAMFAST_CHECK", "1")
+    mask(IDS, ENDS, 25)
+    with pytest.raises(ValueError, match=f"^mask_tokens: {message}"):
+        mask(IDS, torch.tensor(ends).int(), 25)

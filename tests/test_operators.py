@@ -440,7 +440,15 @@ def registered_calls():
         yield "geglu", (packed, approximate)
         for activation in (False, True):
             yield "geglu_backward", (x, packed, approximate, activation)
+    yield from mask_calls()
     yield from attention_calls()
+
+
+def mask_calls():
+    ids, cu_seqlens = token_ids(100), torch.tensor([0, 17, 17, 100], dtype=torch.int32, device=DEVICE)
+    step, continues = torch.tensor([7], device=DEVICE), torch.arange(VOCABULARY, device=DEVICE) % 3 == 0
+    for options in ((None, None), (step, continues)):
+        yield "mask_tokens", (ids, cu_seqlens, *options, 25, 7, 0, 4, 5, VOCABULARY, 2**31, 2**32)
 
 
 def attention_calls():

@@ -96,12 +96,15 @@ class UnpaddedSelfAttention(nn.Module):
         max_seqlen: int,
         cos: torch.Tensor | None = None,
         sin: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """x (T, C); cu_seqlens, max_seqlen, cos and sin as `varlen_attention` takes them."""
+        """x (T, C); cu_seqlens, max_seqlen, cos and sin as `varlen_attention` takes them. With `rows` (M,), indices of
+        tokens, the outputs (M, C) of those alone."""
         qkv_T3HD = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
         dropout_p = self.dropout if self.training else 0.0
         options = {"cos": cos, "sin": sin, "window": self.window, "dropout_p": dropout_p}
-        return self.out(varlen_attention(qkv_T3HD, cu_seqlens, max_seqlen, **options).flatten(1))
+        attended = varlen_attention(qkv_T3HD, cu_seqlens, max_seqlen, **options).flatten(1)
+        return self.out(attended if rows is None else attended.index_select(0, rows))
 
 
 class SparseMLMHead(nn.Module):
@@ -134,12 +137,17 @@ class SparseMLMHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(vocab_size)) if decoder_bias else None
 
     def forward(
-        self, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Mean loss of predicting labels (M,) from rows `positions` (M,) of hidden (T, C)."""
+        """Mean loss of predicting labels (M,) from rows `positions` (M,) of hidden (T, C); None: from all rows."""
         if self.transform is None:
             return mlm_loss(hidden, weight, labels, positions, self.bias)
-        return mlm_loss(self.transform(hidden[positions]), weight, labels, bias=self.bias)
+        rows = hidden if positions is None else hidden.index_select(0, positions)
+        return mlm_loss(self.transform(rows), weight, labels, bias=self.bias)
 
     def predict(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Logits (M, V) of hidden rows (M, C)."""

@@ -77,9 +77,9 @@ class PreNormLayer(nn.Module):
         self.mlp_norm = _add_norm(config)
         self.mlp = _mlp(config)
 
-    def forward(self, x, residual, sequences):
+    def forward(self, x, residual, sequences, rows=None):
         x, residual = (x, x) if self.attention_norm is None else self.attention_norm(x, residual)
-        x, residual = self.mlp_norm(self.attention(x, *sequences), residual)
+        x, residual = self.mlp_norm(self.attention(x, *sequences, rows=rows), _only(residual, rows))
         return self.mlp(x), residual
 
 
@@ -93,18 +93,23 @@ class PostNormLayer(nn.Module):
         self.mlp = _mlp(config)
         self.mlp_norm = _add_norm(config)
 
-    def forward(self, x, residual, sequences):
-        x, _ = self.attention_norm(self.attention(x, *sequences), x)
+    def forward(self, x, residual, sequences, rows=None):
+        x, _ = self.attention_norm(self.attention(x, *sequences, rows=rows), _only(x, rows))
         x, _ = self.mlp_norm(self.mlp(x), x)
         return x, None
 
 
 class Bert(nn.Module):
-    """A BERT-class encoder with a tied masked-language-modelling head."""
+    """A BERT-class encoder with a tied masked-language-modelling head.
 
-    def __init__(self, config: ModelConfig):
+    sparse_last_layer: whether the loss has the last layer compute the predicted tokens alone. What the others would
+    come to reaches no loss, so only the rounding of sums differs.
+    """
+
+    def __init__(self, config: ModelConfig, sparse_last_layer: bool = True):
         super().__init__()
         self.config = config
+        self.sparse_last_layer = sparse_last_layer
         self.embeddings = Embeddings(config)
         layer = PreNormLayer if config.norm == "pre" else PostNormLayer
         self.layers = nn.ModuleList(layer(config, first=i == 0) for i in range(config.num_layers))
@@ -131,12 +136,18 @@ class Bert(nn.Module):
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
 
-    def encode(self, input_ids: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int) -> torch.Tensor:
-        """Hidden states (T, C) of input_ids (T,), the sequences cu_seqlens (B+1,) marks, none above max_seqlen."""
+    def encode(
+        self, input_ids: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Hidden states (T, C) of input_ids (T,), the sequences cu_seqlens (B+1,) marks, none above max_seqlen.
+
+        With `rows` (M,), indices of tokens, those (M, C) of these alone; the last layer then leaves the others out of
+        all that follows its attention.
+        """
         x, residual = self.embeddings(input_ids, cu_seqlens), None
         sequences = (cu_seqlens, max_seqlen, self.cos, self.sin)
         for layer in self.layers:
-            x, residual = layer(x, residual, sequences)
+            x, residual = layer(x, residual, sequences, rows if layer is self.layers[-1] else None)
         return x if self.final_norm is None else self.final_norm(x, residual)[0]
 
     def forward(
@@ -148,8 +159,10 @@ class Bert(nn.Module):
         labels: torch.Tensor,
     ) -> torch.Tensor:
         """Mean loss, in nats, of predicting labels (M,) at positions (M,) of the flat batch."""
-        hidden = self.encode(input_ids, cu_seqlens, max_seqlen)
-        return self.head(hidden, self.embeddings.tokens.weight, labels, positions)
+        decoder = self.embeddings.tokens.weight
+        if self.sparse_last_layer:
+            return self.head(self.encode(input_ids, cu_seqlens, max_seqlen, positions), decoder, labels)
+        return self.head(self.encode(input_ids, cu_seqlens, max_seqlen), decoder, labels, positions)
 
     def predict(self, hidden_rows: torch.Tensor) -> torch.Tensor:
         """Logits (M, V) of rows (M, C) of `encode`'s output."""
@@ -161,6 +174,10 @@ def rotary_tables(positions: int, size: int, theta: float) -> tuple[torch.Tensor
     frequency = theta ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
     angle = torch.arange(positions, dtype=torch.float64)[:, None] * frequency
     return angle.cos().float(), angle.sin().float()
+
+
+def _only(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    return x if rows is None else x.index_select(0, rows)
 
 
 def _add_norm(config: ModelConfig) -> FusedAddLayerNorm:

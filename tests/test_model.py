@@ -325,15 +325,22 @@ def test_crammed_bert_costs_623_mflop_a_token():
 @pytest.mark.parametrize("name", PRESETS)
 def test_flops_of_the_matrix_products_are_those_counted(name):
     config = tiny(name)
-    model, (ids, cu_seqlens, max_seqlen) = Bert(config), batch()
+    ids, *sequences = batch()
     positions = torch.arange(0, len(ids), 3)
-    with FlopCounterMode(display=False) as counter:
-        model(ids, cu_seqlens, max_seqlen, positions, ids[positions]).backward()
-    counted = sum(
-        n for operator, n in counter.get_flop_counts()["Global"].items() if str(operator) in ("aten.mm", "aten.addmm")
-    )
-    # Attention is left out: its backward may compute the scores again, which is no work by definition.
-    assert counted == pytest.approx(len(ids) * config.flops_per_token(len(positions) / len(ids), 0))
+
+    def counted(**options):
+        with FlopCounterMode(display=False) as counter:
+            Bert(config, **options)(ids, *sequences, positions, ids[positions]).backward()
+        flops = counter.get_flop_counts()["Global"].items()
+        # Attention is left out: its backward may compute the scores again, which is no work by definition.
+        return sum(n for operator, n in flops if str(operator) in ("aten.mm", "aten.addmm"))
+
+    expected = len(ids) * config.flops_per_token(len(positions) / len(ids), 0)
+    assert counted(sparse_last_layer=False) == pytest.approx(expected)
+    # The definition counts the last layer in full; of what follows its attention, predicted tokens alone are computed.
+    up = config.intermediate_size * (2 if config.activation == "geglu" else 1)
+    weights = config.hidden_size * (config.hidden_size + up + config.intermediate_size)
+    assert counted() == pytest.approx(expected - 6 * weights * (len(ids) - len(positions)))
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -346,6 +353,21 @@ def test_loss_is_the_cross_entropy_of_the_predictions(name):
     expected = F.cross_entropy(model.predict(model.encode(ids, cu_seqlens, max_seqlen)[positions]), labels)
     # The same fp64 sums in another order.
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_last_layer_on_predicted_tokens_alone_changes_nothing(name):
+    model = random_bert(tiny(name)).double()
+    ids, *sequences = batch()
+    positions = torch.tensor([0, 5, 40, 41, 100])
+    results = []
+    for model.sparse_last_layer in (True, False):
+        loss = model(ids, *sequences, positions, ids[positions])
+        results.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
+    hidden = model.encode(ids, *sequences)
+    torch.testing.assert_close(model.encode(ids, *sequences, positions), hidden[positions], rtol=0, atol=1e-12)
+    # The same fp64 sums in another order.
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("name", PRESETS)

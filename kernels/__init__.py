@@ -18,7 +18,7 @@ if __name__ == "cramfast.kernels":
     from .layer_norm import add_layer_norm, add_layer_norm_reference, layer_norm, layer_norm_reference
     from .long_attention import choose_long
     from .mask_tokens import mask_tokens, mask_tokens_reference
-    from .mlm_loss import mlm_loss, mlm_loss_reference
+    from .mlm_loss import mlm_loss, mlm_loss_reference, mlm_scores, mlm_scores_reference
     from .padding import pad, unpad
     from .selftest import Finding, selftest
     from .sequences import group_sequences, sequence_positions
@@ -46,6 +46,8 @@ if __name__ == "cramfast.kernels":
         "mask_tokens_reference",
         "mlm_loss",
         "mlm_loss_reference",
+        "mlm_scores",
+        "mlm_scores_reference",
         "pad",
         "selftest",
         "sequence_positions",

@@ -103,6 +103,11 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def has_data(tensor: torch.Tensor) -> bool:
+    """Whether there is something to compute: not for the tensors with which torch.compile finds out shapes."""
+    return not (isinstance(tensor, FakeTensor) or tensor.is_meta)
+
+
 def dtype_of(tensor: torch.Tensor | None) -> torch.dtype | None:
     """The entry for `tensor` in `Launch.pointers`."""
     return None if tensor is None else tensor.dtype

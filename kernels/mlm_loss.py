@@ -1,22 +1,341 @@
 """The masked-language-modelling loss: decoder product and cross-entropy on the predicted rows only.
 
-z = hidden[positions] @ weightᵀ + bias
-loss = mean of logsumexp(z[m]) − z[m, labels[m]] over the rows m that have a label
+    z = hidden[positions] @ weightᵀ + bias,   lse = logsumexp(z)
+    loss[m] = lse − (1 − s) z[labels[m]] − s mean(z) + z_loss lse²,   s = label_smoothing
+    dz = (1 + 2 z_loss lse) softmax(z) − (1 − s) onehot(labels[m]) − s / V
+    drows = dz @ weight,   dweight = dzᵀ @ rows,   dbias = sum of dz
+
+and the mean over the rows that have a label. The logits of a few rows at a time lie in one buffer, where d-logits take
+their place; nothing of size (M, V) exists. The products are cuBLAS's, the rest is in `mlm_loss_kernels.py`.
+
+memory="fast": gradients are computed in the forward pass, as if that of the loss were 1, while the logits are at hand,
+dweight as a sum over chunks of rows in float32; the backward pass multiplies them by what arrives. Saved are drows
+(M, C) and dweight (V, C) in float32.
+memory="low": the backward pass computes dweight, a block of the vocabulary at a time, from logits computed again. That
+is four products instead of three. Saved are drows and two float32 numbers a row.
+
+Sources: the loss computed in chunks: Wijmans et al., "Cut Your Losses", 2411.09009, and Hsu et al., Liger Kernel,
+2410.10989; z-loss: Chowdhery et al., PaLM, 2204.02311; label smoothing: Szegedy et al., 1512.00567.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from .dispatch import pick
+from .launch import ceil_div, dtype_of, has_data
+from .mlm_loss_arguments import expect_loss_options, expect_predictions
+from .mlm_loss_kernels import (
+    LINE,
+    Options,
+    block_launch,
+    column_sums_launch,
+    ends_launch,
+    gather_launch,
+    gradient_scale,
+    mean_launch,
+    row_stride,
+    rows_launch,
+    scale_launch,
+    scatter_launch,
+    targets_launch,
+)
+from .operator import Operator, define
 
 
-def mlm_loss_reference(hidden, weight, labels, positions=None, bias=None, *, ignore_index=-100):
+def mlm_loss_reference(
+    hidden, weight, labels, positions=None, bias=None, *, ignore_index=-100, z_loss=0.0, label_smoothing=0.0
+):
     """The definition, on any device and floating dtype; holds the (M, V) logits; see `mlm_loss`."""
+    logits, labels = _logits_reference(hidden, weight, positions, bias), labels.long()
+    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    total = F.cross_entropy(logits, labels, reduction="sum", **options)
+    counts = labels != ignore_index
+    if z_loss > 0:
+        total = total + z_loss * logits.logsumexp(-1).square().where(counts, 0.0).sum()
+    return total / counts.sum().clamp(min=1)
+
+
+def mlm_scores_reference(hidden, weight, labels, positions=None, bias=None, *, ignore_index=-100):
+    """The definition, on any device and floating dtype; holds the (M, V) logits; see `mlm_scores`."""
+    logits, labels = _logits_reference(hidden, weight, positions, bias), labels.long()
+    losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=ignore_index)
+    return losses, (logits.argmax(-1) == labels) & (labels != ignore_index)
+
+
+def _logits_reference(hidden, weight, positions, bias):
     rows = hidden if positions is None else hidden[positions]
     logits = F.linear(rows, weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype))
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    total = F.cross_entropy(logits.to(wide), labels, ignore_index=ignore_index, reduction="sum")
-    return total / (labels != ignore_index).sum().clamp(min=1)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of logits that are held at once: `chunk`, rows in the forward pass; `block`, columns of all rows in the
+    backward pass."""
+
+    chunk: int
+    block: int = 0
+
+
+_MIB = 1 << 20
+# Every chunk adds to the whole of dweight, so few and large ones are faster. With "low" dweight does not exist yet.
+_SIZES = {"fast": Sizes(240 * _MIB), "low": Sizes(104 * _MIB, block=32 * _MIB)}
+# Rows or columns of a product are multiples of cuBLAS's tiles where there are that many.
+_TILE = 128
+
+
+def _split(total: int, size: int, limit: int):
+    """(start, end) of equal parts of `total` that take up to `limit` bytes at `size` each."""
+    most = max(1, limit // size)
+    parts = ceil_div(total, most)
+    length = ceil_div(total, max(1, parts))
+    if most >= _TILE:
+        length = min(ceil_div(length, _TILE), most // _TILE) * _TILE
+    return [(start, min(start + length, total)) for start in range(0, total, length or 1)]
+
+
+def _block_columns(column: int, vocabulary: int) -> int:
+    """How many columns of `column` bytes a block has: a power of two, for there is a kernel for each such number."""
+    columns = max(1, _SIZES["low"].block // column)
+    return min(max(LINE, 1 << columns.bit_length() - 1), row_stride(vocabulary))
+
+
+def _add_product(total, left, right, first):
+    """total = left @ right, or added to it unless `first`, with total in float32 whatever the factors are."""
+    options = {}
+    if left.dtype != total.dtype and total.is_cuda:
+        options["out_dtype"] = torch.float32
+    elif left.dtype != total.dtype:  # torch has no such product there
+        left, right = left.float(), right.float()
+    if first:
+        torch.mm(left, right, **options, out=total)
+    else:
+        torch.addmm(total, left, right, **options, out=total)
+
+
+def _rows(hidden, positions):
+    """hidden[positions], in memory of its own."""
+    count, width = positions.shape[0], int(hidden.shape[1])
+    rows = hidden.new_empty(count, width)
+    launch = gather_launch(width, hidden.dtype, positions.dtype)
+    _over_tiles(launch, count, hidden, positions, rows, count, hidden.shape[0])
+    return rows
+
+
+def _over_tiles(launch, rows, *arguments):
+    """Run a kernel whose programs take ROWS × TILE elements of a tensor of `rows` rows."""
+    constants = launch.constants
+    width = constants.get("C") or constants["WIDTH"]
+    launch(ceil_div(rows, constants["ROWS"]) * ceil_div(width, constants["TILE"]), *arguments)
+
+
+def _targets(labels, positions, total, vocabulary, ignore_index):
+    """int32 (M,): the labels, −1 for a row that does not count."""
+    count = labels.shape[0]
+    targets = labels.new_empty(count, dtype=torch.int32)
+    launch = targets_launch(labels.dtype, dtype_of(positions))
+    grid = ceil_div(count, launch.constants["BLOCK"])
+    launch(grid, labels, positions, targets, count, total, vocabulary, ignore_index)
+    return targets
+
+
+def _mean(losses, targets):
+    """The mean of the losses of rows that count, and 1 / their number."""
+    loss, inverse = losses.new_empty(()), losses.new_empty(())
+    mean_launch()(1, losses, targets, loss, inverse, losses.shape[0])
+    return loss, inverse
+
+
+def _forward(
+    hidden, weight, labels, positions, bias, ignore_index, z_loss, smoothing, memory, for_hidden, for_weight, for_bias
+):
+    """(loss, drows, dweight, dbias, targets, statistics, inverse), None what is not asked for; see the top."""
+    hidden, labels = hidden.contiguous(), labels.contiguous()
+    positions, bias = (None if x is None else x.contiguous() for x in (positions, bias))
+    count, (vocabulary, width), wide = labels.shape[0], weight.shape, {"dtype": torch.float32}
+    low = memory == "low" and for_weight
+    losses = hidden.new_empty(count, **wide)
+    # The gathered rows serve for drows as well: a chunk of them is last read just before it is overwritten.
+    drows = hidden.new_empty(count, width) if for_hidden and positions is None else None
+    dweight = hidden.new_empty(vocabulary, width, **wide) if for_weight and not low else None
+    dbias = hidden.new_zeros(vocabulary, **wide) if for_bias else None
+    statistics = hidden.new_empty(2, count, **wide) if low else None
+    targets = _targets(labels, positions, hidden.shape[0], vocabulary, ignore_index)
+    rows = hidden if positions is None else _rows(hidden, positions)
+    if for_hidden and positions is not None:
+        drows = rows
+    if has_data(hidden):
+        results = (losses, drows, dweight, dbias, statistics, None)
+        _chunks(rows, weight, bias, targets, Options(z_loss, smoothing), _SIZES[memory], *results)
+    loss, inverse = _mean(losses, targets)
+    return loss, drows, dweight, dbias, targets, statistics, inverse
+
+
+def _chunks(rows, weight, bias, targets, options, sizes, losses, drows, dweight, dbias, statistics, best):
+    """Logits of rows (M, C), a chunk at a time, and from them what is given: losses (M,), drows (M, C), dweight (V, C)
+    and dbias (V,) for the sum over the rows, statistics (2, M), best (M,)."""
+    (count, _), (vocabulary, _), dtype = rows.shape, weight.shape, rows.dtype
+    weight = weight.to(dtype)
+    gradient = not (drows is None and dweight is None and dbias is None)
+    launch = rows_launch(vocabulary, dtype, dtype_of(bias), options, gradient, statistics is not None, best is not None)
+    stride = row_stride(vocabulary)
+    chunks = _split(count, stride * dtype.itemsize, sizes.chunk)
+    if not chunks and dweight is not None:
+        dweight.zero_()
+    buffer = rows.new_empty(max((end - start for start, end in chunks), default=0), stride)
+    for start, end in chunks:
+        dlogits = buffer[: end - start, :vocabulary]
+        torch.mm(rows[start:end], weight.t(), out=dlogits)
+        launch(end - start, buffer, targets, bias, losses, statistics, best, start, count)
+        if dbias is not None:
+            sums = column_sums_launch(vocabulary, dtype)
+            sums(ceil_div(vocabulary, sums.constants["COLUMNS"]), buffer, dbias, end - start)
+        if dweight is not None:
+            _add_product(dweight, dlogits.t(), rows[start:end], first=start == 0)
+        if drows is not None:
+            torch.mm(dlogits, weight, out=drows[start:end])
+
+
+def _backward(
+    dloss,
+    drows,
+    dweight,
+    dbias,
+    hidden,
+    weight,
+    bias,
+    positions,
+    targets,
+    statistics,
+    inverse,
+    z_loss,
+    smoothing,
+    memory,
+    for_hidden,
+    for_weight,
+    for_bias,
+):
+    """(dhidden, dweight, dbias), None what is not asked for."""
+    given, scale = (dloss, inverse), gradient_scale(hidden.dtype)
+    dhidden = None
+    if for_hidden:
+        dhidden = _scatter(drows, positions, hidden, *given)
+    if for_weight and memory == "low":
+        options = Options(z_loss, smoothing)
+        dweight = _weight_gradient(hidden, weight, bias, positions, targets, statistics, options, *given)
+    elif for_weight:
+        dweight = _scaled(dweight, torch.empty_like(weight, memory_format=torch.contiguous_format), scale, *given)
+    if for_bias:
+        dbias = _scaled(dbias[None], bias.new_empty(1, bias.shape[0]), scale, *given)[0]
+    return dhidden, dweight if for_weight else None, dbias if for_bias else None
+
+
+def _scaled(source, out, scale, dloss, inverse):
+    """out = source * dloss * inverse / scale, all but dloss and inverse (rows, columns)."""
+    launch = scale_launch(int(source.shape[1]), source.dtype, out.dtype, scale)
+    _over_tiles(launch, source.shape[0], source, dloss, inverse, out, source.shape[0])
+    return out
+
+
+def _scatter(drows, positions, hidden, dloss, inverse):
+    """The gradient of hidden (T, C): drows added up by position, and scaled."""
+    dhidden, dtype = torch.empty_like(hidden, memory_format=torch.contiguous_format), hidden.dtype
+    if positions is None:
+        return _scaled(drows, dhidden, gradient_scale(dtype), dloss, inverse)
+    (total, width), count, positions = hidden.shape, positions.shape[0], positions.contiguous()
+    ends = torch.zeros((2, total), dtype=torch.int32, device=hidden.device)
+    launch = ends_launch(positions.dtype)
+    launch(ceil_div(count, launch.constants["BLOCK"]), positions, ends, count, total)
+    launch = scatter_launch(int(width), dtype, positions.dtype)
+    _over_tiles(launch, total, drows, positions, ends, dloss, inverse, dhidden, count, total)
+    return dhidden
+
+
+def _weight_gradient(hidden, weight, bias, positions, targets, statistics, options, dloss, inverse):
+    """The gradient of weight (V, C), a block of its rows at a time, each in one product over all rows of hidden."""
+    out = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    if not has_data(hidden):
+        return out
+    hidden, bias = hidden.contiguous(), None if bias is None else bias.contiguous()
+    rows = hidden if positions is None else _rows(hidden, positions.contiguous())
+    (count, width), vocabulary, dtype = rows.shape, int(weight.shape[0]), rows.dtype
+    if count == 0:
+        return out.zero_()
+    size = _block_columns(count * dtype.itemsize, vocabulary)
+    buffer, product = rows.new_empty(count, size), rows.new_empty(size, width, dtype=torch.float32)
+    launch = block_launch(vocabulary, size, dtype, dtype_of(bias), options)
+    for start in range(0, vocabulary, size):
+        end = min(start + size, vocabulary)
+        logits = buffer[:, : end - start]
+        torch.mm(rows, weight[start:end].to(dtype).t(), out=logits)
+        _over_tiles(launch, count, buffer, targets, bias, statistics, start, count)
+        part = product[: end - start]
+        _add_product(part, logits.t(), rows, first=True)
+        _scaled(part, out[start:end], gradient_scale(dtype), dloss, inverse)
+    return out
+
+
+def _save(ctx, inputs, results):
+    hidden, weight, _, positions, bias, _, z_loss, smoothing, *ctx.asked = inputs
+    _, drows, dweight, dbias, targets, statistics, inverse = results
+    ctx.options = (z_loss, smoothing)
+    ctx.save_for_backward(drows, dweight, dbias, hidden, weight, bias, positions, targets, statistics, inverse)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, backward, dloss, *_):
+    if dloss is None:
+        return (None,) * 12
+    _, *asked = ctx.asked
+    grads = backward(dloss, *ctx.saved_tensors, *ctx.options, *ctx.asked)
+    dhidden, dweight, dbias = (grad if wanted else None for grad, wanted in zip(grads, asked, strict=True))
+    return dhidden, dweight, None, None, dbias, *(None,) * 7
+
+
+_ASKED = "float z_loss, float smoothing, str memory, bool for_hidden, bool for_weight, bool for_bias"
+_operator = Operator(
+    "mlm_loss",
+    f"(Tensor hidden, Tensor weight, Tensor labels, Tensor? positions, Tensor? bias, int ignore_index, {_ASKED})"
+    " -> (Tensor loss, Tensor drows, Tensor dweight, Tensor dbias, Tensor targets, Tensor statistics, Tensor inverse)",
+    forward=_forward,
+    save=_save,
+    backward=(
+        _backward,
+        define(
+            "mlm_loss_backward",
+            "(Tensor dloss, Tensor? drows, Tensor? dweight, Tensor? dbias, Tensor hidden, Tensor weight, Tensor? bias,"
+            f" Tensor? positions, Tensor targets, Tensor? statistics, Tensor inverse, {_ASKED})"
+            " -> (Tensor dhidden, Tensor dweight, Tensor dbias)",
+            _backward,
+        ),
+    ),
+    gradients=_gradients,
+)
+
+
+def _scores(hidden, weight, labels, positions, bias, ignore_index):
+    """(losses, best), both (M,); best: the likeliest token."""
+    hidden, labels = hidden.contiguous(), labels.contiguous()
+    positions, bias = (None if x is None else x.contiguous() for x in (positions, bias))
+    count = labels.shape[0]
+    losses = hidden.new_empty(count, dtype=torch.float32)
+    best = labels.new_empty(count, dtype=torch.int32)
+    targets = _targets(labels, positions, hidden.shape[0], weight.shape[0], ignore_index)
+    rows = hidden if positions is None else _rows(hidden, positions)
+    if has_data(hidden):
+        results = (losses, None, None, None, None, best)
+        _chunks(rows, weight, bias, targets, Options(), _SIZES["low"], *results)
+    return losses, best == targets
+
+
+_scores_op = define(
+    "mlm_scores",
+    "(Tensor hidden, Tensor weight, Tensor labels, Tensor? positions, Tensor? bias, int ignore_index)"
+    " -> (Tensor losses, Tensor correct)",
+    _scores,
+)
 
 
 def mlm_loss(
@@ -27,11 +346,56 @@ def mlm_loss(
     bias: torch.Tensor | None = None,
     *,
     ignore_index: int = -100,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    memory: str = "fast",
 ) -> torch.Tensor:
     """Mean cross-entropy, in nats, of predicting labels (M,) from rows of hidden (T, C).
 
-    positions (M,) names the rows (None: all of them, M = T); weight (V, C) and bias (V,) are the decoder. Labels equal
-    to `ignore_index` do not count; with none left the loss is 0. Returns an fp32 scalar (fp64 for fp64 input).
+    positions (M,) names the rows (None: all of them, M = T); weight (V, C) and bias (V,) are the decoder, in hidden's
+    dtype or float32; the products run in hidden's. labels and positions are int32 or int64. Labels equal to
+    `ignore_index` do not count; with none left the loss is 0, and so are the gradients. Positions may come in any order
+    and more than once; rising ones are the fastest.
+
+    z_loss: weight of the squared logsumexp, added to each row's loss. label_smoothing: as in torch's cross_entropy.
+    memory: "fast" takes a buffer of 240 MiB, and float32 for weight's gradient from the forward pass on; "low" takes
+    104 MiB then, 32 MiB in the backward pass, and half as much time again. Both hold a 16-bit copy of a float32 weight
+    while the forward pass runs.
+
+    On a GPU a row whose label is outside the vocabulary, or whose position is outside hidden, does not count; the
+    reference raises as torch does. CRAMFAST_CHECK=1 in the environment makes it an error everywhere.
+
+    Returns a float32 scalar (float64 for float64 input). Raises TypeError for dtypes and ValueError for shapes, devices
+    and values that do not fit, by name.
     """
+    expect_predictions("mlm_loss", hidden, weight, labels, positions, bias, ignore_index)
+    expect_loss_options("mlm_loss", z_loss, label_smoothing, memory)
     run = pick("mlm_loss", hidden, mlm_loss_reference)
-    return run(hidden, weight, labels, positions, bias, ignore_index=ignore_index)
+    if run is mlm_loss_reference:
+        options = {"ignore_index": ignore_index, "z_loss": z_loss, "label_smoothing": label_smoothing}
+        return run(hidden, weight, labels, positions, bias, **options)
+    tracked = torch.is_grad_enabled()
+    asked = (tracked and x is not None and x.requires_grad for x in (hidden, weight, bias))
+    return run(hidden, weight, labels, positions, bias, ignore_index, z_loss, label_smoothing, memory, *asked)
+
+
+@torch.no_grad()
+def mlm_scores(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    positions: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(losses, correct)` of each row, for evaluation: arguments and errors as those of `mlm_loss`, no gradients.
+
+    losses: float32 (M,), 0 where the label does not count. correct: bool (M,), whether the label is the likeliest
+    token, the first of them where several are; False where it does not count.
+    """
+    expect_predictions("mlm_scores", hidden, weight, labels, positions, bias, ignore_index)
+    if pick("mlm_loss", hidden, mlm_loss_reference) is mlm_loss_reference:
+        return mlm_scores_reference(hidden, weight, labels, positions, bias, ignore_index=ignore_index)
+    run = _scores_op if torch.compiler.is_compiling() else _scores
+    return run(hidden, weight, labels, positions, bias, ignore_index)

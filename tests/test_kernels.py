@@ -374,6 +374,10 @@ GRADCHECKS = {
         lambda hidden, weight, bias: mlm_loss(hidden, weight, LABELS, torch.tensor([8, 2, 2, 0]), bias),
         ((9, 5), (7, 5), (7,)),
     ),
+    "mlm_loss with z-loss and label smoothing": (
+        lambda hidden, weight: mlm_loss(hidden, weight, LABELS, z_loss=0.1, label_smoothing=0.2),
+        ((4, 5), (7, 5)),
+    ),
 }
 
 

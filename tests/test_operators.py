@@ -28,6 +28,8 @@ from cramfast.kernels import (
     layer_norm,
     layer_norm_reference,
     mask_tokens,
+    mlm_loss,
+    mlm_loss_reference,
 )
 from cramfast.layers import FusedAddLayerNorm, FusedGEGLU, FusedGELU, FusedLayerNorm
 from cramfast.model import Bert
@@ -75,7 +77,7 @@ def short_chunks():
 
 def randn(*shape, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(1000 * seed + sum(shape))
-    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+    return torch.randn(shape, generator=generator).to(DEVICE, dtype)
 
 
 def floating(x) -> bool:
@@ -112,16 +114,16 @@ def assert_as_exact_as_torch(name, inputs, grads=None, **options):
     theirs = evaluate(reference, inputs, grads, **options)
     wide = {key: torch.float64 if isinstance(value, torch.dtype) else value for key, value in options.items()}
     exact = evaluate(reference, widened(inputs), widened(grads), **wide)
-    rows = ours[0].numel() // max(1, ours[0].shape[-1])
+    rows = ours[0].shape[:-1].numel()
     for place, (our, their, true) in enumerate(zip(ours, theirs, exact, strict=True)):
         if their is None:
             assert our is None
             continue
         assert (our.dtype, our.shape) == (their.dtype, their.shape)
         error, allowed = (our - true).norm(), 2 * (their - true).norm()
-        assert error <= max(allowed, floor(our.dtype, rows) * true.norm()), (
-            f"result {place}: {error}, torch {allowed / 2}"
-        )
+        # A loss has the errors of its terms, which may happen to cancel in torch's.
+        least = floor(our.dtype if our.dim() else inputs[0].dtype, rows)
+        assert error <= max(allowed, least * true.norm()), f"result {place}: {error}, torch {allowed / 2}"
 
 
 def floor(dtype, rows):
@@ -154,6 +156,7 @@ PAIRS = {
     "gelu": (gelu, gelu_reference),
     "geglu": (geglu, geglu_reference),
     "embed": (embed_in_order(embed), embed_in_order(embed_reference)),
+    "mlm_loss": (mlm_loss, mlm_loss_reference),
 }
 NORMS = ("layer_norm", "add_layer_norm")
 VOCABULARY, PLACES = 50, 20
@@ -180,6 +183,14 @@ def arguments(name, total, width, dtype=torch.float32, parameters=None, bias=Tru
         return [token_ids(total), tables[0], *norm_parameters(width, parameters, bias), places, tables[1]], {
             "dtype": dtype
         }
+    if name == "mlm_loss":
+        weight, bias = (
+            randn(VOCABULARY, width, dtype=parameters, seed=1) / width**0.5,
+            randn(VOCABULARY) if bias else None,
+        )
+        positions = torch.arange(total - 1, -1, -1, device=DEVICE) // 2
+        labels = torch.where(positions % 5 == 3, -100, token_ids(total))
+        return [rows[0], weight, labels, positions, None if bias is None else bias.to(parameters)], {}
     if name in NORMS:
         return [*rows[: 1 + NORMS.index(name)], *norm_parameters(width, parameters, bias)], {}
     return [3 * rows[0]], {}
@@ -314,6 +325,8 @@ def laid_out(x, layout):
     """x in memory of another layout."""
     if layout == "shifted":  # contiguous, but no vector load may start here
         return x.new_zeros(x.numel() + 1)[1:].view_as(x).copy_(x)
+    if x.dim() == 0:
+        return x
     if layout == "transposed" and x.dim() == 2:
         return x.t().contiguous().t()
     spacious = x.new_zeros(*x.shape[:-1], 2 * x.shape[-1] + 1)
@@ -442,6 +455,25 @@ def registered_calls():
             yield "geglu_backward", (x, packed, approximate, activation)
     yield from mask_calls()
     yield from attention_calls()
+    yield from loss_calls()
+
+
+def loss_calls():
+    for bias, (memory, *asked) in itertools.product((True, False), LOSS_GRADIENTS):
+        (hidden, weight, labels, positions, b), _ = arguments("mlm_loss", 9, 96, torch.float16, torch.float32, bias)
+        positions = positions if bias else None
+        asked[2] = asked[2] and bias
+        tail = (0.1, 0.1, memory, *asked)
+        yield "mlm_loss", (hidden, weight, labels, positions, b, -100, *tail)
+        loss, *results, inverse = torch.ops.cramfast.mlm_loss(hidden, weight, labels, positions, b, -100, *tail)
+        *gradients, targets, statistics = results
+        inputs = (hidden, weight, b, positions)
+        yield "mlm_loss_backward", (loss, *gradients, *inputs, targets, statistics, inverse, *tail)
+        yield "mlm_scores", (hidden, weight, labels, positions, b, -100)
+
+
+# memory, and which of hidden, weight and bias have gradients
+LOSS_GRADIENTS = (("fast", True, True, True), ("low", True, True, True), ("fast", False, True, False))
 
 
 def mask_calls():
@@ -470,7 +502,7 @@ def attention_calls():
 
 
 # What of an operator's arguments has a gradient, where that is not every floating one.
-DIFFERENTIABLE = {"group_sequences": 0, "token_angles": 0, "varlen_attention": 1}
+DIFFERENTIABLE = {"group_sequences": 0, "token_angles": 0, "varlen_attention": 1, "mlm_scores": 0}
 
 
 @pytest.mark.parametrize("name", REGISTERED)

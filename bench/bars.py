@@ -8,6 +8,7 @@ from .tables import BEST, OURS
 COPY = "share of copy bandwidth"
 SPEED = "speed"
 HOST = "host time"
+EXTRA = "memory beside the results"
 
 
 def _suffix(case: str) -> str:
@@ -20,7 +21,8 @@ class Bar:
     """At least `least` of `measure` for this project on `work` (operator/direction, or one case's full name).
 
     `suffix` picks cases by the end of their name: None any, "" those without one. SPEED compares GPU seconds, HOST
-    host seconds with those of `against`, whose case ends in `against_suffix` where that differs. Against BEST, the
+    host seconds with those of `against`, whose case ends in `against_suffix` where that differs. EXTRA is how many
+    times the memory that a call takes, its results aside, goes into `mib`. Against BEST, the
     fastest peer that was measured counts, and the verdict names those of `among` that were not.
     """
 
@@ -31,6 +33,7 @@ class Bar:
     suffix: str | None = None
     against_suffix: str | None = None
     among: tuple[str, ...] = ()
+    mib: float = 0.0
 
     def applies(self, record: Record) -> bool:
         if record.who != OURS or self.work not in (record.work, f"{record.operator}/{record.direction}"):
@@ -84,6 +87,10 @@ BARS = (
     _attention("ragged-32-512", 1.2),
     _rotary("all-128"),
     _rotary("ragged-16-128"),
+    Bar("mlm_loss/fwd+bwd", SPEED, 1.1, "torch-compile", suffix=""),
+    Bar("mlm_loss/fwd+bwd", EXTRA, 1.0, suffix="", mib=300),
+    Bar("mlm_loss/fwd+bwd", SPEED, 1.2, "liger", suffix="-low", against_suffix=""),
+    Bar("mlm_loss/fwd+bwd", EXTRA, 1.0, suffix="-low", mib=64),
 )
 
 
@@ -137,6 +144,8 @@ def _verdict(device: Device, bar: Bar, record: Record) -> Verdict:
     verdict = Verdict(bar, device.folder, f"{record.work} {record.dtype}", None)
     if bar.measure == COPY:
         return replace(verdict, measured=device.copy_share(record))
+    if bar.measure == EXTRA:
+        return replace(verdict, measured=_memory_left(bar, record))
     other = _other(device, bar, record)
     if other is None:
         return verdict
@@ -162,6 +171,12 @@ def _ratio(bar: Bar, record: Record, other: Record) -> float | None:
     if record.host_seconds is None or other.host_seconds is None:
         return None
     return other.host_seconds / record.host_seconds
+
+
+def _memory_left(bar: Bar, record: Record) -> float | None:
+    if record.peak_mib is None or record.results_mib is None:
+        return None
+    return bar.mib / max(record.peak_mib - record.results_mib, 1.0)
 
 
 def _value(bar: Bar, value: float) -> str:

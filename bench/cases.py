@@ -67,7 +67,7 @@ class Case:
     dimension is tokens; the others are parameters. Where a row's result depends on other rows, `parts(inputs)` cuts the
     inputs into (rows, inputs of these rows) that do not depend on each other. `bytes` and `flops` by direction come
     from the definition: tensors of a token dimension are read or written once each; parameters and statistics are small
-    and left out.
+    and left out. `scratch_bytes`: what a peer or the reference holds on top of that.
     """
 
     operator: str
@@ -82,6 +82,7 @@ class Case:
     bytes: dict[str, int] = field(default_factory=dict)
     flops: dict[str, int] = field(default_factory=dict)
     handed_over: str | None = None
+    scratch_bytes: int = 0
 
     def work(self, direction: str) -> str:
         return f"{self.operator}/{direction}/{self.name}"
@@ -91,7 +92,7 @@ def fit(factory: Callable[[Sizes], Case], sizes: Sizes, free_bytes: int) -> tupl
     """The case at `sizes`, its tokens halved until measuring it fits into `free_bytes`; and the sizes it got."""
     while True:
         case = factory(sizes)
-        need = _MEMORY_PER_BYTE * max(case.bytes.values(), default=0)
+        need = _MEMORY_PER_BYTE * max(case.bytes.values(), default=0) + case.scratch_bytes
         if need <= _SHARE_OF_FREE_MEMORY * free_bytes or sizes.tokens <= _LEAST_TOKENS:
             return case, sizes
         sizes = replace(sizes, tokens=sizes.tokens // 2)

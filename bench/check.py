@@ -77,6 +77,9 @@ def guard(case: Case, peer: Peer, call: Call, inputs: Inputs) -> float:
     )
     worst = 0.0
     for name, error in errors.items():
+        if name in mine and mine[name].numel() == 1:
+            # Of a single number, unlike of many, PyTorch can be right by luck.
+            allowed[name] = max(allowed[name], torch.finfo(case.dtype).eps / 4)
         if not error <= peer.allowance * allowed[name]:
             raise WrongResult(
                 f"{who} on {work}: {name} has relative error {error:.1e}, PyTorch {allowed[name]:.1e}; "

@@ -77,7 +77,8 @@ def save(results: Path, module: str, new: dict) -> str:
 
 @dataclass(frozen=True)
 class Record:
-    """What one entry measured. Seconds are per call; `bytes` and `flops` come from the definition of the work.
+    """What one entry measured. Seconds are per call; `bytes` and `flops` come from the definition of the work;
+    `results_mib` of `peak_mib` are the outputs and gradients themselves.
 
     `backend` is what ran for this project: "triton", "reference" where there is no kernel for the card, or
     the name of who it hands over to.
@@ -90,6 +91,7 @@ class Record:
     bytes: int | None = None
     flops: int | None = None
     peak_mib: float | None = None
+    results_mib: float | None = None
     host_seconds: float | None = None
     timed_by: str = "graph"
     backend: str | None = None

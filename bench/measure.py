@@ -68,6 +68,7 @@ def measure(benchmark, machine, case: Case, tiny: Case, direction: str, peer: Pe
     restore()
     replay()
     error_ratio = guard(case, peer, calls[0], inputs)
+    results_bytes = sum(result.nbytes for result in (*calls[0].outputs, *calls[0].gradients.values()))
     restore()
 
     iterations = sets if overwrites else iterations_per_round(_estimate(machine, replay) / sets, sets)
@@ -91,6 +92,7 @@ def measure(benchmark, machine, case: Case, tiny: Case, direction: str, peer: Pe
         bytes=case.bytes.get(direction),
         flops=case.flops.get(direction),
         peak_mib=round(machine.peak_bytes(calls[0]) / 2**20, 2),
+        results_mib=round(results_bytes / 2**20, 2),
         host_seconds=_host_seconds(machine, tiny, direction, peer, function),
         timed_by=timed_by,
         backend=_backend(case, machine) if peer is CRAMFAST else None,

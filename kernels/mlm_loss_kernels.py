@@ -290,8 +290,8 @@ def mean_kernel(
         total += tl.load(losses_ptr + row, mask=row < rows, other=0.0)
         count += (tl.load(targets_ptr + row, mask=row < rows, other=-1) >= 0).to(tl.int32)
     number = tl.maximum(tl.sum(count, 0), 1).to(tl.float32)
-    tl.store(loss_ptr, tl.sum(total, 0) / number)
-    tl.store(inverse_ptr, 1.0 / number)
+    tl.store(loss_ptr, tl.div_rn(tl.sum(total, 0), number))
+    tl.store(inverse_ptr, tl.div_rn(1.0, number))
 
 
 @triton.jit

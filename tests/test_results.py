@@ -68,7 +68,8 @@ def test_every_plot_that_the_readme_shows_is_there():
 
 # What the README says is missed: the eager call's way through Python, and a torch.compile that leaves less to gain. Of
 # attention, an SDPA that leaves less than a copy would take for sequences of 64; sequences of 256, 3 % short; rotary
-# embedding, which costs more than 5 %.
+# embedding, which costs more than 5 %. Of the loss, its speed, most where the vocabulary is no multiple of 8, and the
+# largest vocabulary's memory, by 2 %.
 KNOWN_MISSES = {
     ("layer_norm/fwd", bars.HOST, "torch-eager"),
     ("layer_norm/fwd+bwd", bars.HOST, "torch-eager"),
@@ -77,6 +78,9 @@ KNOWN_MISSES = {
     ("varlen_attention/fwd+bwd/all-256", bars.SPEED, "best"),
     ("varlen_attention/fwd+bwd/all-128-rotary", bars.SPEED, "cramfast"),
     ("varlen_attention/fwd+bwd/ragged-16-128-rotary", bars.SPEED, "cramfast"),
+    ("mlm_loss/fwd+bwd", bars.SPEED, "torch-compile"),
+    ("mlm_loss/fwd+bwd", bars.SPEED, "liger"),
+    ("mlm_loss/fwd+bwd", bars.EXTRA, ""),
 }
 
 
@@ -92,14 +96,17 @@ def test_every_bar_holds_on_an_h200_but_those_known_to_be_missed():
 def test_what_was_measured_on_an_h200_ran_as_kernels_of_one_clean_revision():
     modules = [
         json.loads((H200 / f"{name}.json").read_text())
-        for name in ("layer_norm", "gelu", "embedding", "attention", "limits")
+        for name in ("layer_norm", "gelu", "embedding", "attention", "mlm_loss", "limits")
     ]
     assert len({module["environment"]["revision"] for module in modules}) == 1
     for module in modules:
         assert module["environment"]["device"] == "NVIDIA H200"
         assert module["commit_info"] == {"id": module["environment"]["revision"], "dirty": False}
         for info in (entry["extra_info"] for entry in module["benchmarks"]):
-            assert info["timed_by"] == "graph"
+            # These two read a value back on the host, which no graph can hold.
+            assert info["timed_by"] == "graph" or (
+                info["work"].startswith("mlm_loss/") and info["who"] in ("liger", "cut-cross-entropy")
+            )
             # Longer sequences than the kernels take.
             ours = "varlen-attn" if info["work"].endswith("/all-1024") else "triton"
             assert info["backend"] == (ours if info["who"] == "cramfast" else None)

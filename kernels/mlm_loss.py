@@ -72,8 +72,8 @@ def _logits_reference(hidden, weight, positions, bias):
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of logits that are held at once: `chunk`, rows in the forward pass; `block`, columns of all rows in the
-    backward pass."""
+    """Bytes that are held beside the results: `chunk` in the forward pass, for rows of logits and copies of weight;
+    `block` in the backward pass, for columns of logits."""
 
     chunk: int
     block: int = 0
@@ -81,7 +81,7 @@ class Sizes:
 
 _MIB = 1 << 20
 # Every chunk adds to the whole of dweight, so few and large ones are faster. With "low" dweight does not exist yet.
-_SIZES = {"fast": Sizes(240 * _MIB), "low": Sizes(104 * _MIB, block=32 * _MIB)}
+_SIZES = {"fast": Sizes(288 * _MIB), "low": Sizes(104 * _MIB, block=32 * _MIB)}
 # Rows or columns of a product are multiples of cuBLAS's tiles where there are that many.
 _TILE = 128
 
@@ -94,6 +94,24 @@ def _split(total: int, size: int, limit: int):
     if most >= _TILE:
         length = min(ceil_div(length, _TILE), most // _TILE) * _TILE
     return [(start, min(start + length, total)) for start in range(0, total, length or 1)]
+
+
+def _decoder(weight, dtype):
+    """weight in `dtype`; where V is no multiple of 8, which makes cuBLAS slow, with rows of zeros to row_stride(V)."""
+    vocabulary, width = weight.shape
+    if vocabulary % 8 == 0:
+        return weight.to(dtype)
+    decoder = weight.new_zeros(row_stride(vocabulary), width, dtype=dtype)
+    decoder[:vocabulary].copy_(weight)
+    return decoder
+
+
+def _chunk_bytes(sizes, weight, decoder, dweight):
+    """What is left for logits: the rest may take three quarters."""
+    taken = 0 if decoder is weight else decoder.nbytes
+    if dweight is not None:
+        taken += dweight.nbytes - weight.nbytes  # which is a result
+    return max(sizes.chunk - max(taken, 0), sizes.chunk // 4)
 
 
 def _block_columns(column: int, vocabulary: int) -> int:
@@ -159,7 +177,8 @@ def _forward(
     losses = hidden.new_empty(count, **wide)
     # The gathered rows serve for drows as well: a chunk of them is last read just before it is overwritten.
     drows = hidden.new_empty(count, width) if for_hidden and positions is None else None
-    dweight = hidden.new_empty(vocabulary, width, **wide) if for_weight and not low else None
+    decoder = _decoder(weight, hidden.dtype)
+    dweight = hidden.new_empty(decoder.shape[0], width, **wide) if for_weight and not low else None
     dbias = hidden.new_zeros(vocabulary, **wide) if for_bias else None
     statistics = hidden.new_empty(2, count, **wide) if low else None
     targets = _targets(labels, positions, hidden.shape[0], vocabulary, ignore_index)
@@ -168,26 +187,26 @@ def _forward(
         drows = rows
     if has_data(hidden):
         results = (losses, drows, dweight, dbias, statistics, None)
-        _chunks(rows, weight, bias, targets, Options(z_loss, smoothing), _SIZES[memory], *results)
+        limit = _chunk_bytes(_SIZES[memory], weight, decoder, dweight)
+        _chunks(rows, decoder, vocabulary, bias, targets, Options(z_loss, smoothing), limit, *results)
     loss, inverse = _mean(losses, targets)
     return loss, drows, dweight, dbias, targets, statistics, inverse
 
 
-def _chunks(rows, weight, bias, targets, options, sizes, losses, drows, dweight, dbias, statistics, best):
-    """Logits of rows (M, C), a chunk at a time, and from them what is given: losses (M,), drows (M, C), dweight (V, C)
-    and dbias (V,) for the sum over the rows, statistics (2, M), best (M,)."""
-    (count, _), (vocabulary, _), dtype = rows.shape, weight.shape, rows.dtype
-    weight = weight.to(dtype)
+def _chunks(rows, decoder, vocabulary, bias, targets, options, limit, losses, drows, dweight, dbias, statistics, best):
+    """Logits of rows (M, C), up to `limit` bytes at a time, and from them what is given: losses (M,), drows (M, C),
+    dweight (of decoder's shape) and dbias (V,) for the sum over the rows, statistics (2, M), best (M,)."""
+    (count, _), columns, dtype = rows.shape, decoder.shape[0], rows.dtype
     gradient = not (drows is None and dweight is None and dbias is None)
     launch = rows_launch(vocabulary, dtype, dtype_of(bias), options, gradient, statistics is not None, best is not None)
     stride = row_stride(vocabulary)
-    chunks = _split(count, stride * dtype.itemsize, sizes.chunk)
+    chunks = _split(count, stride * dtype.itemsize, limit)
     if not chunks and dweight is not None:
         dweight.zero_()
     buffer = rows.new_empty(max((end - start for start, end in chunks), default=0), stride)
     for start, end in chunks:
-        dlogits = buffer[: end - start, :vocabulary]
-        torch.mm(rows[start:end], weight.t(), out=dlogits)
+        dlogits = buffer[: end - start, :columns]
+        torch.mm(rows[start:end], decoder.t(), out=dlogits)
         launch(end - start, buffer, targets, bias, losses, statistics, best, start, count)
         if dbias is not None:
             sums = column_sums_launch(vocabulary, dtype)
@@ -195,7 +214,7 @@ def _chunks(rows, weight, bias, targets, options, sizes, losses, drows, dweight,
         if dweight is not None:
             _add_product(dweight, dlogits.t(), rows[start:end], first=start == 0)
         if drows is not None:
-            torch.mm(dlogits, weight, out=drows[start:end])
+            torch.mm(dlogits, decoder, out=drows[start:end])
 
 
 def _backward(
@@ -226,7 +245,9 @@ def _backward(
         options = Options(z_loss, smoothing)
         dweight = _weight_gradient(hidden, weight, bias, positions, targets, statistics, options, *given)
     elif for_weight:
-        dweight = _scaled(dweight, torch.empty_like(weight, memory_format=torch.contiguous_format), scale, *given)
+        dweight = _scaled(
+            dweight[: weight.shape[0]], torch.empty_like(weight, memory_format=torch.contiguous_format), scale, *given
+        )
     if for_bias:
         dbias = _scaled(dbias[None], bias.new_empty(1, bias.shape[0]), scale, *given)[0]
     return dhidden, dweight if for_weight else None, dbias if for_bias else None
@@ -326,7 +347,9 @@ def _scores(hidden, weight, labels, positions, bias, ignore_index):
     rows = hidden if positions is None else _rows(hidden, positions)
     if has_data(hidden):
         results = (losses, None, None, None, None, best)
-        _chunks(rows, weight, bias, targets, Options(), _SIZES["low"], *results)
+        decoder = _decoder(weight, hidden.dtype)
+        limit = _chunk_bytes(_SIZES["low"], weight, decoder, None)
+        _chunks(rows, decoder, weight.shape[0], bias, targets, Options(), limit, *results)
     return losses, best == targets
 
 
@@ -358,9 +381,8 @@ def mlm_loss(
     and more than once; rising ones are the fastest.
 
     z_loss: weight of the squared logsumexp, added to each row's loss. label_smoothing: as in torch's cross_entropy.
-    memory: "fast" takes a buffer of 240 MiB, and float32 for weight's gradient from the forward pass on; "low" takes
-    104 MiB then, 32 MiB in the backward pass, and half as much time again. Both hold a 16-bit copy of a float32 weight
-    while the forward pass runs.
+    memory: "fast" takes some 288 MiB beside the results, float32 for weight's gradient among it; "low" takes 104 MiB
+    before there are any, 32 MiB in the backward pass, and half as much time again.
 
     On a GPU a row whose label is outside the vocabulary, or whose position is outside hidden, does not count; the
     reference raises as torch does. CRAMFAST_CHECK=1 in the environment makes it an error everywhere.

@@ -21,6 +21,11 @@ __all__ = [
 ]
 
 
+def only(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """Rows `rows` (M,) of x (T, C); None: x itself."""
+    return x if rows is None else x.index_select(0, rows)
+
+
 class FusedLayerNorm(nn.LayerNorm):
     """`torch.nn.LayerNorm` over the last dimension, with a learned weight."""
 
@@ -104,7 +109,7 @@ class UnpaddedSelfAttention(nn.Module):
         dropout_p = self.dropout if self.training else 0.0
         options = {"cos": cos, "sin": sin, "window": self.window, "dropout_p": dropout_p}
         attended = varlen_attention(qkv_T3HD, cu_seqlens, max_seqlen, **options).flatten(1)
-        return self.out(attended if rows is None else attended.index_select(0, rows))
+        return self.out(only(attended, rows))
 
 
 class SparseMLMHead(nn.Module):
@@ -146,8 +151,7 @@ class SparseMLMHead(nn.Module):
         """Mean loss of predicting labels (M,) from rows `positions` (M,) of hidden (T, C); None: from all rows."""
         if self.transform is None:
             return mlm_loss(hidden, weight, labels, positions, self.bias)
-        rows = hidden if positions is None else hidden.index_select(0, positions)
-        return mlm_loss(self.transform(rows), weight, labels, bias=self.bias)
+        return mlm_loss(self.transform(only(hidden, positions)), weight, labels, bias=self.bias)
 
     def predict(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Logits (M, V) of hidden rows (M, C)."""

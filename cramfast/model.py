@@ -8,7 +8,7 @@ from torch import nn
 
 from .config import ModelConfig
 from .kernels import embed, sequence_positions
-from .layers import FusedAddLayerNorm, FusedGEGLU, FusedGELU, FusedLayerNorm, SparseMLMHead, UnpaddedSelfAttention
+from .layers import FusedAddLayerNorm, FusedGEGLU, FusedGELU, FusedLayerNorm, SparseMLMHead, UnpaddedSelfAttention, only
 
 
 class Embeddings(nn.Module):
@@ -79,7 +79,7 @@ class PreNormLayer(nn.Module):
 
     def forward(self, x, residual, sequences, rows=None):
         x, residual = (x, x) if self.attention_norm is None else self.attention_norm(x, residual)
-        x, residual = self.mlp_norm(self.attention(x, *sequences, rows=rows), _only(residual, rows))
+        x, residual = self.mlp_norm(self.attention(x, *sequences, rows=rows), only(residual, rows))
         return self.mlp(x), residual
 
 
@@ -94,7 +94,7 @@ class PostNormLayer(nn.Module):
         self.mlp_norm = _add_norm(config)
 
     def forward(self, x, residual, sequences, rows=None):
-        x, _ = self.attention_norm(self.attention(x, *sequences, rows=rows), _only(x, rows))
+        x, _ = self.attention_norm(self.attention(x, *sequences, rows=rows), only(x, rows))
         x, _ = self.mlp_norm(self.mlp(x), x)
         return x, None
 
@@ -174,10 +174,6 @@ def rotary_tables(positions: int, size: int, theta: float) -> tuple[torch.Tensor
     frequency = theta ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
     angle = torch.arange(positions, dtype=torch.float64)[:, None] * frequency
     return angle.cos().float(), angle.sin().float()
-
-
-def _only(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    return x if rows is None else x.index_select(0, rows)
 
 
 def _add_norm(config: ModelConfig) -> FusedAddLayerNorm:

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from .dispatch import pick
-from .launch import ceil_div, dtype_of, has_data
+from .launch import ceil_div, contiguous, dtype_of, has_data
 from .mlm_loss_arguments import expect_loss_options, expect_predictions
 from .mlm_loss_kernels import (
     LINE,
@@ -111,7 +111,7 @@ def _chunk_bytes(sizes, weight, decoder, dweight):
     taken = 0 if decoder is weight else decoder.nbytes
     if dweight is not None:
         taken += dweight.nbytes - weight.nbytes  # which is a result
-    return max(sizes.chunk - max(taken, 0), sizes.chunk // 4)
+    return max(sizes.chunk - taken, sizes.chunk // 4)
 
 
 def _block_columns(column: int, vocabulary: int) -> int:
@@ -170,21 +170,18 @@ def _forward(
     hidden, weight, labels, positions, bias, ignore_index, z_loss, smoothing, memory, for_hidden, for_weight, for_bias
 ):
     """(loss, drows, dweight, dbias, targets, statistics, inverse), None what is not asked for; see the top."""
-    hidden, labels = hidden.contiguous(), labels.contiguous()
-    positions, bias = (None if x is None else x.contiguous() for x in (positions, bias))
+    hidden, labels, positions, bias = contiguous(hidden, labels, positions, bias)
     count, (vocabulary, width), wide = labels.shape[0], weight.shape, {"dtype": torch.float32}
     low = memory == "low" and for_weight
     losses = hidden.new_empty(count, **wide)
-    # The gathered rows serve for drows as well: a chunk of them is last read just before it is overwritten.
-    drows = hidden.new_empty(count, width) if for_hidden and positions is None else None
     decoder = _decoder(weight, hidden.dtype)
     dweight = hidden.new_empty(decoder.shape[0], width, **wide) if for_weight and not low else None
     dbias = hidden.new_zeros(vocabulary, **wide) if for_bias else None
     statistics = hidden.new_empty(2, count, **wide) if low else None
     targets = _targets(labels, positions, hidden.shape[0], vocabulary, ignore_index)
-    rows = hidden if positions is None else _rows(hidden, positions)
-    if for_hidden and positions is not None:
-        drows = rows
+    rows, drows = hidden if positions is None else _rows(hidden, positions), None
+    if for_hidden:  # gathered rows serve for drows as well: a chunk of them is last read just before it is overwritten
+        drows = torch.empty_like(rows) if positions is None else rows
     if has_data(hidden):
         results = (losses, drows, dweight, dbias, statistics, None)
         limit = _chunk_bytes(_SIZES[memory], weight, decoder, dweight)
@@ -279,8 +276,8 @@ def _weight_gradient(hidden, weight, bias, positions, targets, statistics, optio
     out = torch.empty_like(weight, memory_format=torch.contiguous_format)
     if not has_data(hidden):
         return out
-    hidden, bias = hidden.contiguous(), None if bias is None else bias.contiguous()
-    rows = hidden if positions is None else _rows(hidden, positions.contiguous())
+    hidden, positions, bias = contiguous(hidden, positions, bias)
+    rows = hidden if positions is None else _rows(hidden, positions)
     (count, width), vocabulary, dtype = rows.shape, int(weight.shape[0]), rows.dtype
     if count == 0:
         return out.zero_()
@@ -338,8 +335,7 @@ _operator = Operator(
 
 def _scores(hidden, weight, labels, positions, bias, ignore_index):
     """(losses, best), both (M,); best: the likeliest token."""
-    hidden, labels = hidden.contiguous(), labels.contiguous()
-    positions, bias = (None if x is None else x.contiguous() for x in (positions, bias))
+    hidden, labels, positions, bias = contiguous(hidden, labels, positions, bias)
     count = labels.shape[0]
     losses = hidden.new_empty(count, dtype=torch.float32)
     best = labels.new_empty(count, dtype=torch.int32)

@@ -162,31 +162,6 @@ def _log(x):
 
 
 @triton.jit
-def _store_row(
-    losses_ptr,
-    statistics_ptr,
-    best_ptr,
-    row,
-    rows,
-    target,
-    target_logit,
-    top,
-    total,
-    mean,
-    best,
-    Z_LOSS: tl.constexpr,
-    SMOOTHING: tl.constexpr,
-):
-    loss = _row_loss(top, _log(total), target_logit, mean, Z_LOSS, SMOOTHING)
-    tl.store(losses_ptr + row, tl.where(target >= 0, loss, 0.0))
-    if statistics_ptr is not None:
-        tl.store(statistics_ptr + row, top)
-        tl.store(statistics_ptr + rows + row, total)
-    if best_ptr is not None:
-        tl.store(best_ptr + row, best)
-
-
-@triton.jit
 def rows_kernel(
     logits_ptr,  # (programs, STRIDE): rows from `first` on; d-logits take their place
     targets_ptr,  # (rows,)
@@ -226,15 +201,17 @@ def rows_kernel(
             shares += tl.sum(tl.where(start + column < V, z, 0.0), 1)
     top = tl.max(tops, 0)
     total = tl.sum(totals * tl.exp2((tops - top) * _LOG2E), 0)
-    mean, best = tl.sum(shares, 0) / V, target
+    loss = _row_loss(top, _log(total), target_logit, tl.sum(shares, 0) / V, Z_LOSS, SMOOTHING)
+    tl.store(losses_ptr + row, tl.where(target >= 0, loss, 0.0))
+    if statistics_ptr is not None:
+        tl.store(statistics_ptr + row, top)
+        tl.store(statistics_ptr + rows + row, total)
     if best_ptr is not None:
         found = tl.full([LANES], V, tl.int32)
         for start in tl.range(0, V, LANES * VECTOR):
             z = _load_logits(row_ptr, bias_ptr, start + column, V, STRIDE)
             found = tl.minimum(found, tl.min(tl.where(z == top, start + column, V), 1))
-        best = tl.min(found, 0)
-    saved = (losses_ptr, statistics_ptr, best_ptr)
-    _store_row(*saved, row, rows, target, target_logit, top, total, mean, best, Z_LOSS, SMOOTHING)
+        tl.store(best_ptr + row, tl.min(found, 0))
     if GRADIENT:
         factor = _factor(top, total, SCALE, Z_LOSS)
         for start in tl.range(0, V, LANES * VECTOR):

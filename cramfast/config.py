@@ -206,6 +206,8 @@ class PretrainOptions:
     """Where to train."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Arithmetic of the matrix products. auto: bfloat16, float16 with loss scaling on older GPUs, float32 on a CPU."""
+    graphs: bool = True
+    """Run each step as a CUDA graph: less work for the host, the same numbers."""
     evals: int = 10
     """Times the held-out loss is measured over the budget."""
     text: TextOptions = field(default_factory=TextOptions)

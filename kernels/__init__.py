@@ -9,6 +9,7 @@ operator family: its reference in plain PyTorch and its public function.
 __version__ = "0"
 
 if __name__ == "cramfast.kernels":
+    from .adamw import adamw, adamw_rates, adamw_reference
     from .attention import varlen_attention, varlen_attention_reference
     from .attention_settings import LONGEST
     from .dispatch import OPERATORS, choose
@@ -28,6 +29,9 @@ if __name__ == "cramfast.kernels":
         "OPERATORS",
         "Finding",
         "Launch",
+        "adamw",
+        "adamw_rates",
+        "adamw_reference",
         "add_layer_norm",
         "add_layer_norm_reference",
         "choose",

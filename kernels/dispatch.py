@@ -14,7 +14,17 @@ from torch._C import _are_functorch_transforms_active
 
 from .language import AVAILABLE
 
-OPERATORS = ("embed", "layer_norm", "add_layer_norm", "gelu", "geglu", "varlen_attention", "mask_tokens", "mlm_loss")
+OPERATORS = (
+    "embed",
+    "layer_norm",
+    "add_layer_norm",
+    "gelu",
+    "geglu",
+    "varlen_attention",
+    "mask_tokens",
+    "mlm_loss",
+    "adamw",
+)
 MODES = ("auto", "triton", "reference")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

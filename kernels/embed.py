@@ -15,7 +15,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from .arguments import expect_dtype, expect_indices, expect_like, expect_parameter, expect_table
+from .arguments import expect_dtype, expect_indices, expect_parameter, expect_table
 from .dispatch import pick
 from .language import tl, triton
 from .launch import Launch, catalogue, ceil_div, contiguous, dtype_of
@@ -413,7 +413,7 @@ def embed(
     if position_ids is not None:
         expect_indices("embed", "position_ids", position_ids, weight, input_ids.shape)
         expect_table("embed", "position_weight", position_weight, MAX_WIDTH)
-        expect_like("embed", "position_weight", position_weight, (position_weight.shape[0], width), weight)
+        expect_parameter("embed", "position_weight", position_weight, (position_weight.shape[0], width), weight)
     run = pick("embed", weight, embed_reference)
     if run is embed_reference:
         options = {"position_ids": position_ids, "position_weight": position_weight, "eps": eps, "dtype": dtype}

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from ..config import ModelConfig
 from ..errors import UserError
 from ..model import Bert
-from .optimizer import optimizer_tensors, restore_optimizer
+
+_RANDOM = "random."
 
 
 @contextmanager
@@ -94,41 +95,41 @@ def _load_weights(model: Bert, folder: Path) -> None:
 
 
 def save_checkpoint(
-    run: Path, step: int, model: Bert, optimizer: torch.optim.Optimizer, extra: dict, state: dict, keep: int
+    run: Path, step: int, model: Bert, tensors: dict[str, torch.Tensor], state: dict, keep: int
 ) -> Path:
     """Save `checkpoint-STEP` in the folder of a run; delete all but the newest `keep`, and what a killed save left.
 
-    extra: further tensors; state: JSON. Both come back from `load_checkpoint`.
+    tensors: those that a resumed run needs beside the model; state: JSON, which `load_checkpoint` gives back.
     """
     target = run / f"checkpoint-{step}"
     if target.is_dir():
         return target  # it holds the same; a crash while it is replaced could leave none
-    tensors = {f"optimizer.{key}": value for key, value in optimizer_tensors(model, optimizer).items()}
-    tensors |= {f"extra.{key}": value for key, value in (extra | _random_state()).items()}
     with _folder_aside(target) as folder:
         _write_model(folder, model)
-        save_file(tensors, folder / "trainer.safetensors")
+        save_file(tensors | _random_state(), folder / "trainer.safetensors")
         (folder / "trainer.json").write_text(json.dumps(state, indent=1) + "\n")
     for old in (*_checkpoints(run)[:-keep], *run.glob(".checkpoint-*.partial")):
         shutil.rmtree(old)
     return target
 
 
-def load_checkpoint(path: Path, model: Bert, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
-    """Put a checkpoint back into model and optimizer; returns (extra, state). Raises UserError when it is damaged."""
-    tensors = _read_tensors(path / "trainer.safetensors")
-    state = _read_json(path / "trainer.json")
+def load_checkpoint(path: Path, model: Bert, tensors: dict[str, torch.Tensor]) -> dict:
+    """Put a checkpoint back into model and tensors, in place; returns its state. Raises UserError when it is damaged or
+    holds other tensors."""
+    stored, state = _read_tensors(path / "trainer.safetensors"), _read_json(path / "trainer.json")
     _load_weights(model, path)
-    parts: dict[str, dict] = {"optimizer": {}, "extra": {}}
-    try:
-        for key, value in tensors.items():
-            part, name = key.split(".", 1)
-            parts[part][name] = value
-        restore_optimizer(model, optimizer, parts["optimizer"])
-        _restore_random_state(parts["extra"])
-    except KeyError as error:
-        raise UserError(f"{path / 'trainer.safetensors'}: does not fit this model: {error}") from error
-    return parts["extra"], state
+    random = {name: stored.pop(name) for name in [*stored] if name.startswith(_RANDOM)}
+    differing = sorted(
+        name
+        for name in stored.keys() | tensors.keys()
+        if name not in stored or name not in tensors or stored[name].shape != tensors[name].shape
+    )
+    if differing or f"{_RANDOM}cpu" not in random:
+        raise UserError(f"{path / 'trainer.safetensors'}: does not fit this model: {(differing or [_RANDOM])[0]}")
+    for name, tensor in tensors.items():
+        tensor.copy_(stored[name])
+    _restore_random_state(random)
+    return state
 
 
 def latest_checkpoint(run: Path) -> Path | None:
@@ -144,16 +145,16 @@ def _checkpoints(run: Path) -> list[Path]:
 
 
 def _random_state() -> dict[str, torch.Tensor]:
-    states = {"random.cpu": torch.get_rng_state()}
+    states = {f"{_RANDOM}cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        states["random.cuda"] = torch.cuda.get_rng_state()
+        states[f"{_RANDOM}cuda"] = torch.cuda.get_rng_state()
     return states
 
 
 def _restore_random_state(states: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(states["random.cpu"])
-    if torch.cuda.is_available() and "random.cuda" in states:
-        torch.cuda.set_rng_state(states["random.cuda"])
+    torch.set_rng_state(states[f"{_RANDOM}cpu"])
+    if torch.cuda.is_available() and f"{_RANDOM}cuda" in states:
+        torch.cuda.set_rng_state(states[f"{_RANDOM}cuda"])
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:

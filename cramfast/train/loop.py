@@ -94,7 +94,7 @@ class Trainer:
     def __init__(self, setup: Setup, display: Display, signals: StopSignals):
         self.setup, self.display, self.signals = setup, display, signals
         self.options, self.step, self.plan = options, step, plan = setup.options, setup.step, setup.plan
-        self.model, self.optimizer, self.device = step.model, step.optimizer, step.device
+        self.model, self.device = step.model, step.device
         self.budget = Budget.parse(options.budget)
         self.schedule = RECIPES[options.recipe].schedule
         self.checkpoint_every = Due(Interval.parse("--checkpoint-every", options.run.checkpoint_every))
@@ -162,6 +162,8 @@ class Trainer:
         if self.clock is None:
             # Compiling and warming up end with the first update; from here on time counts.
             self._wait()
+            if self.device.type == "cuda" and self.step.graphs.obstacle is not None:
+                self.display.say(f"no CUDA graphs: {self.step.graphs.obstacle}")
             self.clock = time.monotonic()
             self._rate_from = state.spent
         self._spent_now()
@@ -271,29 +273,21 @@ class Trainer:
 
     def _save(self) -> None:
         self._spent_now()
-        extra = {"loss_scale": self.step.loss_scale, "good_steps": self.step.good_steps}
-        save_checkpoint(
-            self.setup.folder,
-            self.state.step,
-            self.model,
-            self.optimizer,
-            extra,
-            asdict(self.state),
-            self.options.run.keep_checkpoints,
-        )
+        tensors, state = self.step.tensors(), asdict(self.state)
+        keep = self.options.run.keep_checkpoints
+        save_checkpoint(self.setup.folder, self.state.step, self.model, tensors, state, keep)
         self._rate_from = self._spent_now()
 
     def _resume(self) -> None:
         newest = latest_checkpoint(self.setup.folder)
         if newest is None:
             return
-        extra, state = load_checkpoint(newest, self.model, self.optimizer)
+        state = load_checkpoint(newest, self.model, self.step.tensors())
+        self.step.weights.refresh()
         try:
             self.state = State.from_json(state)
         except (KeyError, TypeError) as error:
             raise UserError(f"{newest / 'trainer.json'}: damaged: {error}") from error
-        self.step.loss_scale = extra["loss_scale"].to(self.device)
-        self.step.good_steps = extra["good_steps"].to(self.device)
         share = self._fraction()
         self.display.say(f"resuming at step {self.state.step:,} with {share:.1%} of the budget spent ({newest})")
 

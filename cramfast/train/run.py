@@ -20,7 +20,6 @@ from ..kernels import OPERATORS, choose
 from ..model import Bert
 from .checkpoint import save_model, write_json
 from .loop import Setup, State, Stopped, StopSignals, Trainer
-from .optimizer import adamw
 from .plan import BatchPlan, plan_batch
 from .progress import Display, duration, plot_loss
 from .step import TrainStep
@@ -167,7 +166,7 @@ def _set_up(
     """Model, optimizer, batches, and a batch size where none was given."""
     torch.manual_seed(options.seed)
     model = Bert(config).to(device).train()
-    step = TrainStep(model, adamw(model, options.optimizer), special, options.optimizer.clip, dtype, options.seed)
+    step = TrainStep(model, options.optimizer, special, dtype, options.seed, options.graphs)
     stream, heldout = dataset.split("train"), dataset.split("heldout")
     pieces = _pieces(stream, options, dataset, special)
     plan = decided or plan_batch(options, step, stream, pieces, display.say)

@@ -1,15 +1,26 @@
-"""One training step: gradients of several microbatches, then one clipped update. Never waits for the device."""
+"""One training step: gradients of several microbatches, then one clipped update. Never waits for the device.
+
+Everything that a microbatch or an update reads and writes lies in tensors that stay where they are: weights, gradient,
+moments, the batch, and the numbers that change from step to step. So each runs as one CUDA graph. Gradients are taken
+of 16-bit working copies of the matrices, which the update writes, and added up in the float32 of the parameters.
+"""
 
 from dataclasses import dataclass
 
 import torch
+from torch.func import functional_call
 
+from ..config import OptimizerOptions
 from ..data.batches import Batch
 from ..data.tokenizer import SpecialIds
 from ..kernels import mask_tokens
 from ..model import Bert
+from .graphs import Graphs
+from .optimizer import AdamW
+from .weights import Weights
 
 _GROWTH_INTERVAL = 2000
+_FIRST_SCALE = 2.0**16
 
 
 @dataclass(frozen=True)
@@ -21,30 +32,73 @@ class StepResult:
     skipped: torch.Tensor
 
 
+class StaticBatch:
+    """A microbatch at fixed addresses: as many tokens as the others have, and room for `sequences` sequences.
+
+    Sequences that a batch lacks are empty ones at its end.
+    """
+
+    def __init__(self, tokens: int, sequences: int, device: torch.device):
+        self.input_ids = torch.zeros(tokens, dtype=torch.int64, device=device)
+        self.cu_seqlens = torch.full((sequences + 1,), tokens, dtype=torch.int32, device=device)
+
+    def fill(self, batch: Batch) -> None:
+        ends = batch.cu_seqlens.numel()
+        self.input_ids.copy_(batch.input_ids, non_blocking=True)
+        self.cu_seqlens[:ends].copy_(batch.cu_seqlens, non_blocking=True)
+        self.cu_seqlens[ends:].fill_(self.input_ids.numel())
+
+
 class TrainStep:
     """Accumulates gradients and updates the weights.
 
     dtype: that of the matrix products, by autocast; float16 brings loss scaling with it. A step whose loss or
-    gradients are not finite changes nothing but the loss scale.
+    gradients are not finite changes nothing but the loss scale. graphs: whether a GPU runs it as CUDA graphs.
     """
 
     def __init__(
-        self, model: Bert, optimizer: torch.optim.AdamW, special: SpecialIds, clip: float, dtype: torch.dtype, seed: int
+        self,
+        model: Bert,
+        options: OptimizerOptions,
+        special: SpecialIds,
+        dtype: torch.dtype,
+        seed: int,
+        graphs: bool = True,
     ):
-        self.model, self.optimizer, self.special, self.clip, self.seed = model, optimizer, special, clip, seed
+        self.model, self.options, self.special, self.seed = model, options, special, seed
         self.device = next(model.parameters()).device
         self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
-        scaled = dtype == torch.float16
-        self.loss_scale = torch.full((), 2.0**16 if scaled else 1.0, device=self.device)
-        self.good_steps = torch.zeros((), device=self.device)
-        self._scaled = scaled
-        self._losses: list[torch.Tensor] = []
+        self.weights = Weights(model, dtype)
+        self.optimizer = AdamW(self.weights, options)
+        self.graphs = Graphs(self.device, graphs)
+        self._scaled = dtype == torch.float16
+        self.loss_scale = self._scalar(_FIRST_SCALE if self._scaled else 1.0)
+        self.good_steps = self._scalar()
+        self._lr, self._share, self._loss = self._scalar(), self._scalar(), self._scalar()
+        self._microbatch = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self._report = torch.zeros(3, device=self.device)
+        self._batches: dict[tuple[int, int], StaticBatch] = {}
+
+    def _scalar(self, value: float = 0.0) -> torch.Tensor:
+        return torch.full((), value, device=self.device)
 
     def accumulate(self, batch: Batch, mask_rate: float, microbatch: int, share: float) -> None:
         """Add the gradient of one microbatch, `share` of the step's tokens. `microbatch`, a count over the whole run,
         decides with the seed which tokens are masked."""
-        batch = batch.to(self.device)
-        count = round(mask_rate * batch.input_ids.numel())
+        tokens, count = batch.input_ids.numel(), round(mask_rate * batch.input_ids.numel())
+        # Powers of two: the number of sequences differs from batch to batch, that of graphs stays small.
+        sequences = 1 << (batch.cu_seqlens.numel() - 2).bit_length()
+        shape = (tokens, sequences)
+        static = self._batches.get(shape)
+        if static is None:
+            static = self._batches[shape] = StaticBatch(*shape, self.device)
+        static.fill(batch)
+        self._microbatch.fill_(microbatch)
+        self._share.fill_(share)
+        key = (*shape, batch.max_seqlen, count)
+        self.graphs.run(key, lambda: self._add_gradient(static, batch.max_seqlen, count))
+
+    def _add_gradient(self, batch: StaticBatch, max_seqlen: int, count: int) -> None:
         input_ids, positions, labels = mask_tokens(
             batch.input_ids,
             batch.cu_seqlens,
@@ -52,40 +106,46 @@ class TrainStep:
             mask_id=self.special.mask,
             ordinary=self.special.ordinary,
             seed=self.seed,
-            step=microbatch,
+            step=self._microbatch,
         )
+        arguments = (input_ids, batch.cu_seqlens, max_seqlen, positions, labels)
         with self.autocast:
-            loss = self.model(input_ids, batch.cu_seqlens, batch.max_seqlen, positions, labels) * share
-        (loss * self.loss_scale).backward()
-        self._losses.append(loss.detach())
+            loss = functional_call(self.model, self.weights.leaves, arguments) * self._share
+        leaves = list(self.weights.leaves.values())
+        self.weights.add_gradients(torch.autograd.grad(loss * self.loss_scale, leaves, allow_unused=True))
+        self._loss += loss.detach()
 
     def update(self, lr: float) -> StepResult:
         """Clip the accumulated gradient, update the weights, forget the gradient."""
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients) / self.loss_scale
-        loss = torch.stack(self._losses).sum()
-        skipped = (~torch.isfinite(norm + loss)).float()
-        # The fused optimizer divides gradients by `grad_scale` and does nothing where `found_inf` is 1.
-        self.optimizer.grad_scale = self.loss_scale * (norm / self.clip).clamp(min=1.0)
-        self.optimizer.found_inf = skipped
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
+        self._lr.fill_(lr)
+        self.graphs.run("update", self._update)
+        return StepResult(*self._report.clone().unbind())
+
+    def _update(self) -> None:
+        norm = torch.linalg.vector_norm(self.weights.gradient) / self.loss_scale
+        skipped = (~torch.isfinite(norm + self._loss)).float()
+        factor = 1 / (self.loss_scale * (norm / self.options.clip).clamp(min=1.0))
+        self.optimizer.update(self._lr, factor, skipped)
         if self._scaled:
             self._adapt_loss_scale(skipped)
-        result = StepResult(loss, norm, skipped)
-        self.reset()
-        return result
+        self._report.copy_(torch.stack((self._loss, norm, skipped)))
+        self._loss.zero_()
 
     def reset(self) -> None:
-        """Forget the gradients accumulated so far."""
-        self.optimizer.zero_grad(set_to_none=True)
-        self._losses = []
+        """Forget the gradients accumulated so far, and the memory that microbatches of their size took."""
+        self.weights.gradient.zero_()
+        self._loss.zero_()
+        self.graphs.forget()
+        self._batches.clear()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a resumed run needs beside the model: views by name, to be read or written."""
+        return self.optimizer.tensors() | {"loss_scale": self.loss_scale, "good_steps": self.good_steps}
 
     def _adapt_loss_scale(self, skipped: torch.Tensor) -> None:
         """Halve the scale after an overflow, double it after 2000 steps without (Micikevicius et al., 1710.03740)."""
-        self.good_steps = (self.good_steps + 1) * (1 - skipped)
-        grown = self.good_steps >= _GROWTH_INTERVAL
+        good = (self.good_steps + 1) * (1 - skipped)
+        grown = good >= _GROWTH_INTERVAL
         factor = torch.where(grown, 2.0, 1.0 - 0.5 * skipped)
-        self.loss_scale = (self.loss_scale * factor).clamp(min=1.0)
-        self.good_steps = torch.where(grown, 0.0, self.good_steps)
+        self.loss_scale.copy_((self.loss_scale * factor).clamp(min=1.0))
+        self.good_steps.copy_(torch.where(grown, 0.0, good))

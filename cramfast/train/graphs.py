@@ -1,0 +1,61 @@
+"""CUDA graphs of work on static tensors: captured once for each shape, replayed with one call."""
+
+from collections.abc import Callable, Hashable
+
+import torch
+
+# Shapes beyond these run without a graph: each holds its kernels' parameters and takes a second to capture.
+_MOST_GRAPHS = 16
+
+
+class Graphs:
+    """Runs work that reads and writes the same tensors every time, from its second time on as a CUDA graph.
+
+    The first time it runs as it is, which compiles what it needs, and is then captured. What a graph allocates it
+    keeps; all graphs share that memory, because only one runs at a time and no result stays in it.
+    """
+
+    def __init__(self, device: torch.device, enabled: bool = True):
+        self.obstacle: str | None = None
+        """Why work runs without graphs; None: it does not."""
+        if device.type != "cuda":
+            self.obstacle = f"{device.type} device"
+        elif not enabled:
+            self.obstacle = "not asked for"
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        if self.obstacle is None:
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+
+    def run(self, key: Hashable, work: Callable[[], None]) -> None:
+        """Do `work`, of which `key` names the shapes."""
+        graph = self._graphs.get(key)
+        if graph is not None:
+            graph.replay()
+        elif self.obstacle is not None or len(self._graphs) == _MOST_GRAPHS:
+            work()
+        else:
+            self._first_time(key, work)
+
+    def _first_time(self, key: Hashable, work: Callable[[], None]) -> None:
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            work()
+        current.wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads go on to pin memory for batches, which a capture would otherwise forbid them.
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                work()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self.obstacle = str(error).strip().splitlines()[0]
+            return
+        self._graphs[key] = graph
+
+    def forget(self) -> None:
+        """Let go of the graphs and their memory."""
+        self._graphs.clear()
+        if self.obstacle is None:
+            self._pool = torch.cuda.graph_pool_handle()

@@ -1,0 +1,108 @@
+"""A model's parameters laid end to end in flat buffers, so that one pass of the optimizer covers them all."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+# Elements to which each parameter is aligned: 128 bytes in 16 bits, a cache line.
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter lies in the flat buffers."""
+
+    start: int
+    shape: torch.Size
+
+    @property
+    def end(self) -> int:
+        return self.start + self.shape.numel()
+
+
+class Weights:
+    """Parameters, their gradient, and the 16-bit copies that matrix products use.
+
+    master, gradient: (N,) in the parameters' dtype; the model's parameters become views of `master`. working:
+    (decayed,) in `dtype`, None where that is no narrower than the parameters'. The order: matrices of the layers, those
+    of one shape side by side, up to `hidden`; embedding tables up to `decayed`; norms, biases and scalars.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype):
+        parameters = dict(model.named_parameters())
+        self.places, self.hidden, self.decayed, size = _lay_out(parameters)
+        first = next(iter(parameters.values()))
+        self.master = torch.zeros(size, dtype=first.dtype, device=first.device)
+        self.gradient = torch.zeros_like(self.master)
+        self.working = None
+        self.leaves: dict[str, torch.Tensor] = {}
+        """What the forward pass takes in place of the parameters, and gradients are taken of."""
+        masters = self.by_name(self.master)
+        for name, parameter in parameters.items():
+            parameter.data = masters[name].copy_(parameter.data)
+            self.leaves[name] = parameter
+        if dtype.itemsize < first.dtype.itemsize:
+            self.working = torch.zeros(self.decayed, dtype=dtype, device=first.device)
+            for name, view in self.by_name(self.working).items():
+                self.leaves[name] = view.detach().requires_grad_()
+        self.refresh()
+        self._gradients = self.by_name(self.gradient)
+
+    def refresh(self) -> None:
+        """Round the parameters to the working copies, after they were loaded."""
+        if self.working is not None:
+            self.working.copy_(self.master[: self.decayed])
+
+    def by_name(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The pieces of a flat buffer by parameter, in the parameters' shapes: those that lie in it."""
+        return {
+            name: flat[place.start : place.end].view(place.shape)
+            for name, place in self.places.items()
+            if place.end <= flat.numel()
+        }
+
+    def stacks(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """The layers' matrices in a flat buffer, those of one shape as one (count, rows, columns)."""
+        shapes: dict[torch.Size, list[Place]] = {}
+        for place in self.places.values():
+            if place.end <= self.hidden:
+                shapes.setdefault(place.shape, []).append(place)
+        return [
+            flat[places[0].start :].as_strided(
+                (len(places), *shape), (_aligned(shape.numel()), shape[1], 1), storage_offset=places[0].start
+            )
+            for shape, places in shapes.items()
+        ]
+
+    def add_gradients(self, gradients: Iterable[torch.Tensor | None]) -> None:
+        """Add one gradient for each of `leaves`, in their order; None where a parameter has no part in the loss."""
+        pairs = [(self._gradients[name], g) for name, g in zip(self.leaves, gradients, strict=True) if g is not None]
+        alike = [(total, g) for total, g in pairs if g.dtype == total.dtype]
+        if alike:
+            torch._foreach_add_(*map(list, zip(*alike, strict=True)))
+        for total, g in pairs:
+            if g.dtype != total.dtype:
+                total.add_(g)
+
+
+def _lay_out(parameters: dict[str, nn.Parameter]) -> tuple[dict[str, Place], int, int, int]:
+    """Places by name, the ends of the layers' matrices and of all matrices, and the size of the buffers."""
+
+    def group(name: str) -> int:
+        return 2 if parameters[name].ndim < 2 else 1 if name.startswith("embeddings.") else 0
+
+    shapes = list(dict.fromkeys(p.shape for p in parameters.values()))
+    order = sorted(parameters, key=lambda name: (group(name), shapes.index(parameters[name].shape)))
+    places, ends, offset = {}, [0, 0, 0], 0
+    for name in order:
+        places[name] = Place(offset, parameters[name].shape)
+        offset += _aligned(parameters[name].numel())
+        ends[group(name) :] = [offset] * len(ends[group(name) :])
+    return places, *ends
+
+
+def _aligned(size: int) -> int:
+    return math.ceil(size / _ALIGNMENT) * _ALIGNMENT

@@ -10,6 +10,7 @@ from .errors import UserError
 
 Layout = Literal["packed", "documents"]
 Order = Literal["shuffled", "full-stops"]
+Activations = Literal["keep", "lean", "layers"]
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,26 @@ Shapes: T tokens of an unpadded batch, C hidden size, I intermediate size, H hea
 import torch
 from torch import nn
 
-from .kernels import add_layer_norm, geglu, gelu, layer_norm, mlm_loss, pad, unpad, varlen_attention
+from .kernels import (
+    add_layer_norm,
+    add_layer_norm_linear,
+    geglu,
+    geglu_linear,
+    gelu,
+    layer_norm,
+    linear,
+    mlm_loss,
+    pad,
+    unpad,
+    varlen_attention,
+)
 
 __all__ = [
     "FusedAddLayerNorm",
     "FusedGEGLU",
     "FusedGELU",
     "FusedLayerNorm",
+    "FusedLinear",
     "SparseMLMHead",
     "UnpaddedSelfAttention",
     "pad",
@@ -24,6 +37,13 @@ __all__ = [
 def only(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
     """Rows `rows` (M,) of x (T, C); None: x itself."""
     return x if rows is None else x.index_select(0, rows)
+
+
+class FusedLinear(nn.Linear):
+    """`torch.nn.Linear`; the gradient of a weight that has a `main_grad` is added to that."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class FusedLayerNorm(nn.LayerNorm):
@@ -52,6 +72,15 @@ class FusedAddLayerNorm(FusedLayerNorm):
             return super().forward(x), x
         return add_layer_norm(x, residual, self.weight, self.bias, self.eps)
 
+    def then(
+        self, following: FusedLinear, x: torch.Tensor, residual: torch.Tensor | None, recompute: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x, residual) → (following(norm(x + residual)), x + residual). recompute: the norm's output is not saved."""
+        if residual is None:
+            return following(super().forward(x)), x
+        parameters = (self.weight, self.bias, following.weight, following.bias)
+        return add_layer_norm_linear(x, residual, *parameters, self.eps, recompute)
+
 
 class FusedGELU(nn.GELU):
     """`torch.nn.GELU`."""
@@ -69,6 +98,10 @@ class FusedGEGLU(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return geglu(x, self.approximate)
+
+    def then(self, following: FusedLinear, x: torch.Tensor, recompute: bool = False) -> torch.Tensor:
+        """following(GEGLU(x)). recompute: GEGLU(x) is not saved."""
+        return geglu_linear(x, following.weight, following.bias, self.approximate, recompute)
 
 
 class UnpaddedSelfAttention(nn.Module):
@@ -91,8 +124,8 @@ class UnpaddedSelfAttention(nn.Module):
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"{name}: dropout is {dropout}, expected at least 0 and below 1")
         self.num_heads, self.dropout, self.window = num_heads, dropout, window
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias)
-        self.out = nn.Linear(hidden_size, hidden_size, bias)
+        self.qkv = FusedLinear(hidden_size, 3 * hidden_size, bias)
+        self.out = FusedLinear(hidden_size, hidden_size, bias)
 
     def forward(
         self,
@@ -105,7 +138,19 @@ class UnpaddedSelfAttention(nn.Module):
     ) -> torch.Tensor:
         """x (T, C); cu_seqlens, max_seqlen, cos and sin as `varlen_attention` takes them. With `rows` (M,), indices of
         tokens, the outputs (M, C) of those alone."""
-        qkv_T3HD = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        return self.attend(self.qkv(x), cu_seqlens, max_seqlen, cos, sin, rows)
+
+    def attend(
+        self,
+        qkv: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        cos: torch.Tensor | None = None,
+        sin: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What `forward` does after the first projection, whose output qkv (T, 3C) is."""
+        qkv_T3HD = qkv.unflatten(-1, (3, self.num_heads, -1))
         dropout_p = self.dropout if self.training else 0.0
         options = {"cos": cos, "sin": sin, "window": self.window, "dropout_p": dropout_p}
         attended = varlen_attention(qkv_T3HD, cu_seqlens, max_seqlen, **options).flatten(1)
@@ -132,7 +177,7 @@ class SparseMLMHead(nn.Module):
         super().__init__()
         self.transform = (
             nn.Sequential(
-                nn.Linear(hidden_size, hidden_size, linear_bias),
+                FusedLinear(hidden_size, hidden_size, linear_bias),
                 FusedGELU(),
                 FusedLayerNorm(hidden_size, eps, bias=norm_bias),
             )

@@ -5,10 +5,20 @@ Shapes: T tokens of an unpadded batch, C hidden size, D head size, M predictions
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from .config import ModelConfig
+from .config import Activations, ModelConfig
 from .kernels import embed, sequence_positions
-from .layers import FusedAddLayerNorm, FusedGEGLU, FusedGELU, FusedLayerNorm, SparseMLMHead, UnpaddedSelfAttention, only
+from .layers import (
+    FusedAddLayerNorm,
+    FusedGEGLU,
+    FusedGELU,
+    FusedLayerNorm,
+    FusedLinear,
+    SparseMLMHead,
+    UnpaddedSelfAttention,
+    only,
+)
 
 
 class Embeddings(nn.Module):
@@ -62,6 +72,26 @@ class ScaledSinusoid(nn.Module):
         return self.scale * self.table
 
 
+class FeedForward(nn.Sequential):
+    """(T, C) → (T, I) or, for GEGLU, (T, 2I) → activation → (T, C)."""
+
+    def __init__(self, config: ModelConfig):
+        gated = config.activation == "geglu"
+        width = config.intermediate_size * (2 if gated else 1)
+        super().__init__(
+            FusedLinear(config.hidden_size, width, config.linear_bias),
+            FusedGEGLU() if gated else FusedGELU(),
+            FusedLinear(config.intermediate_size, config.hidden_size, config.linear_bias),
+        )
+
+    def finish(self, wide: torch.Tensor, recompute: bool) -> torch.Tensor:
+        """What follows the first product. recompute: GEGLU's output is not saved."""
+        _, activation, narrow = self
+        if isinstance(activation, FusedGEGLU):
+            return activation.then(narrow, wide, recompute)
+        return narrow(activation(wide))
+
+
 class PreNormLayer(nn.Module):
     """x → x + attention(norm(x)), then the same with the feed-forward network.
 
@@ -75,12 +105,16 @@ class PreNormLayer(nn.Module):
         self.attention_norm = None if without_norm else _add_norm(config)
         self.attention = UnpaddedSelfAttention(config.hidden_size, config.num_heads, config.linear_bias)
         self.mlp_norm = _add_norm(config)
-        self.mlp = _mlp(config)
+        self.mlp = FeedForward(config)
 
-    def forward(self, x, residual, sequences, rows=None):
-        x, residual = (x, x) if self.attention_norm is None else self.attention_norm(x, residual)
-        x, residual = self.mlp_norm(self.attention(x, *sequences, rows=rows), only(residual, rows))
-        return self.mlp(x), residual
+    def forward(self, x, residual, sequences, rows=None, recompute=False):
+        if self.attention_norm is None:
+            qkv, residual = self.attention.qkv(x), x
+        else:
+            qkv, residual = self.attention_norm.then(self.attention.qkv, x, residual, recompute)
+        x = self.attention.attend(qkv, *sequences, rows=rows)
+        wide, residual = self.mlp_norm.then(self.mlp[0], x, only(residual, rows), recompute)
+        return self.mlp.finish(wide, recompute), residual
 
 
 class PostNormLayer(nn.Module):
@@ -90,12 +124,12 @@ class PostNormLayer(nn.Module):
         super().__init__()
         self.attention = UnpaddedSelfAttention(config.hidden_size, config.num_heads, config.linear_bias)
         self.attention_norm = _add_norm(config)
-        self.mlp = _mlp(config)
+        self.mlp = FeedForward(config)
         self.mlp_norm = _add_norm(config)
 
-    def forward(self, x, residual, sequences, rows=None):
+    def forward(self, x, residual, sequences, rows=None, recompute=False):
         x, _ = self.attention_norm(self.attention(x, *sequences, rows=rows), only(x, rows))
-        x, _ = self.mlp_norm(self.mlp(x), x)
+        x, _ = self.mlp_norm(self.mlp.finish(self.mlp[0](x), recompute), x)
         return x, None
 
 
@@ -104,12 +138,17 @@ class Bert(nn.Module):
 
     sparse_last_layer: whether the loss has the last layer compute the predicted tokens alone. What the others would
     come to reaches no loss, so only the rounding of sums differs.
+
+    activations: what the layers save for the backward pass, where weights have a `main_grad`: all that it reads
+    ("keep"); not the outputs of norms and activation functions, which it writes once more ("lean"); or nothing but
+    their input, so that it repeats them ("layers").
     """
 
-    def __init__(self, config: ModelConfig, sparse_last_layer: bool = True):
+    def __init__(self, config: ModelConfig, sparse_last_layer: bool = True, activations: Activations = "keep"):
         super().__init__()
         self.config = config
         self.sparse_last_layer = sparse_last_layer
+        self.activations = activations
         self.embeddings = Embeddings(config)
         layer = PreNormLayer if config.norm == "pre" else PostNormLayer
         self.layers = nn.ModuleList(layer(config, first=i == 0) for i in range(config.num_layers))
@@ -147,7 +186,11 @@ class Bert(nn.Module):
         x, residual = self.embeddings(input_ids, cu_seqlens), None
         sequences = (cu_seqlens, max_seqlen, self.cos, self.sin)
         for layer in self.layers:
-            x, residual = layer(x, residual, sequences, rows if layer is self.layers[-1] else None)
+            arguments = (x, residual, sequences, rows if layer is self.layers[-1] else None)
+            if self.activations == "layers" and torch.is_grad_enabled():
+                x, residual = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, residual = layer(*arguments, recompute=self.activations == "lean")
         return x if self.final_norm is None else self.final_norm(x, residual)[0]
 
     def forward(
@@ -178,16 +221,6 @@ def rotary_tables(positions: int, size: int, theta: float) -> tuple[torch.Tensor
 
 def _add_norm(config: ModelConfig) -> FusedAddLayerNorm:
     return FusedAddLayerNorm(config.hidden_size, config.norm_eps, bias=config.norm_bias)
-
-
-def _mlp(config: ModelConfig) -> nn.Sequential:
-    gated = config.activation == "geglu"
-    width = config.intermediate_size * (2 if gated else 1)
-    return nn.Sequential(
-        nn.Linear(config.hidden_size, width, config.linear_bias),
-        FusedGEGLU() if gated else FusedGELU(),
-        nn.Linear(config.intermediate_size, config.hidden_size, config.linear_bias),
-    )
 
 
 def _activation_dtype(weight: torch.Tensor) -> torch.dtype:

@@ -17,6 +17,7 @@ if __name__ == "cramfast.kernels":
     from .gelu import geglu, geglu_reference, gelu, gelu_reference
     from .launch import Launch, every_launch
     from .layer_norm import add_layer_norm, add_layer_norm_reference, layer_norm, layer_norm_reference
+    from .linear import add_layer_norm_linear, geglu_linear, linear
     from .long_attention import choose_long
     from .mask_tokens import mask_tokens, mask_tokens_reference
     from .mlm_loss import mlm_loss, mlm_loss_reference, mlm_scores, mlm_scores_reference
@@ -33,6 +34,7 @@ if __name__ == "cramfast.kernels":
         "adamw_rates",
         "adamw_reference",
         "add_layer_norm",
+        "add_layer_norm_linear",
         "add_layer_norm_reference",
         "choose",
         "choose_long",
@@ -40,12 +42,14 @@ if __name__ == "cramfast.kernels":
         "embed_reference",
         "every_launch",
         "geglu",
+        "geglu_linear",
         "geglu_reference",
         "gelu",
         "gelu_reference",
         "group_sequences",
         "layer_norm",
         "layer_norm_reference",
+        "linear",
         "mask_tokens",
         "mask_tokens_reference",
         "mlm_loss",

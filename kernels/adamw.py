@@ -5,9 +5,8 @@ With g the gradient times a factor (clipping and loss scaling in one), m and v i
     m ← β₁ m + (1 − β₁) g        v ← β₂ v + (1 − β₂) g²
     w ← (1 − lr λ) w − lr / (1 − β₁ⁿ) · m / (√v / √(1 − β₂ⁿ) + ε)
 
-The same pass writes w in 16 bits where the matrix products want it so, and sets the gradient to zero for the next
-step: 34 bytes an element in float32, all of which any implementation moves. What changes from step to step lies on the
-device, so that a captured CUDA graph takes it along. An update that is to be skipped only clears the gradient.
+The same pass writes w in 16 bits where the matrix products want it so: 30 bytes an element in float32. What changes
+from step to step lies on the device, so that a captured CUDA graph takes it along. An update may be skipped there.
 
 Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", 1711.05101, algorithm 2.
 """
@@ -56,7 +55,6 @@ def adamw_reference(weight, gradient, first, second, rates, working=None, *, bet
         tensor.copy_(torch.where(skipped > 0, tensor, new))
     if working is not None:
         working.copy_(weight)
-    gradient.zero_()
 
 
 @triton.jit
@@ -91,26 +89,29 @@ def _adamw_kernel(
         tl.store(weight_ptr + place, w, mask=mask)
         if working_ptr is not None:
             tl.store(working_ptr + place, w, mask=mask)
-    tl.store(gradient_ptr + place, tl.zeros([BLOCK], tl.float32), mask=mask)
 
 
 @functools.lru_cache
-def launch_for(working_dtype: torch.dtype | None) -> Launch:
-    """The kernel, with weights rounded to `working_dtype` beside the update (None: without)."""
+def launch_for(working_dtype: torch.dtype | None, whole_vectors: bool = True) -> Launch:
+    """The kernel, with weights rounded to `working_dtype` beside the update (None: without). whole_vectors: the size is
+    a multiple of 16, without which the mask would keep loads from being wide."""
     pointers = (torch.float32,) * 4 + (working_dtype, torch.float32)
+    size = "i64:16" if whole_vectors else "i64"
     # Two loads of 16 bytes a thread from each of four buffers are under way at once.
-    return Launch(_adamw_kernel, pointers, ("i64",) + ("fp32",) * 6, {"BLOCK": 1024}, 4)
+    return Launch(_adamw_kernel, pointers, (size,) + ("fp32",) * 6, {"BLOCK": 1024}, 4)
 
 
 @catalogue
 def _launches(dtype, _capability):
     yield launch_for(None)
+    yield launch_for(None, whole_vectors=False)
     if dtype.itemsize == 2:
         yield launch_for(dtype)
 
 
 def _adamw(weight, gradient, first, second, rates, working=None, *, beta1, beta2, eps, weight_decay) -> None:
-    launch, size = launch_for(dtype_of(working)), weight.numel()
+    size = weight.numel()
+    launch = launch_for(dtype_of(working), size % 16 == 0)
     scalars = (beta1, 1 - beta1, beta2, 1 - beta2, eps, weight_decay)
     grid = ceil_div(size, launch.constants["BLOCK"])
     launch(grid, weight, gradient, first, second, working, rates, size, *scalars)
@@ -133,7 +134,7 @@ def adamw(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """Update weight (N,) in place, with its moments first and second; clear gradient. All float32 and contiguous.
+    """Update weight (N,) in place, with its moments first and second, by gradient. All (N,), float32 and contiguous.
 
     rates: from `adamw_rates`. working: (N,) in any floating dtype, gets the new weights rounded. Nothing is copied to
     the host. Raises ValueError for a shape, device or layout, TypeError for a dtype that does not fit.

@@ -232,7 +232,7 @@ def _gelu_backward(dy, x, approximate):
     return (dx,)
 
 
-def _geglu(x, approximate):
+def geglu_forward(x, approximate):
     x = x.contiguous()
     width = int(x.shape[-1]) // 2
     y = x.new_empty((*x.shape[:-1], width))
@@ -240,10 +240,10 @@ def _geglu(x, approximate):
     return (y,)
 
 
-def _geglu_backward(dy, x, approximate, activation=False):
-    """(dx, y); y is None unless `activation`."""
+def geglu_backward(dy, x, approximate, activation=False, in_place=False):
+    """(dx, y); y is None unless `activation`. in_place: dx takes the place of x."""
     dy, x = contiguous(dy, x)
-    dx, y = torch.empty_like(x), torch.empty_like(dy) if activation else None
+    dx, y = x if in_place else torch.empty_like(x), torch.empty_like(dy) if activation else None
     _run(_geglu_backward_kernel, int(dy.shape[-1]), approximate, dy, x, dx, y)
     return dx, y
 
@@ -275,14 +275,14 @@ _gelu_operator = Operator(
 _geglu_operator = Operator(
     "geglu",
     "(Tensor x, str approximate) -> Tensor y",
-    forward=_geglu,
+    forward=geglu_forward,
     save=_save,
     backward=(
-        _geglu_backward,
+        geglu_backward,
         define(
             "geglu_backward",
             "(Tensor dy, Tensor x, str approximate, bool activation) -> (Tensor dx, Tensor y)",
-            _geglu_backward,
+            geglu_backward,
         ),
     ),
     gradients=_geglu_gradients,

@@ -215,7 +215,7 @@ def _launches(dtype, _capability):
     yield sum_launch(768, torch.float32, torch.float32)
 
 
-def _forward(x, residual, weight, bias, eps):
+def norm_forward(x, residual, weight, bias, eps):
     """(y, s, statistics (2, rows)); s is None without a residual."""
     x, residual, weight, bias = contiguous(x, residual, weight, bias)
     y, s = torch.empty_like(x), None if residual is None else torch.empty_like(x)
@@ -229,11 +229,11 @@ def _forward(x, residual, weight, bias, eps):
 
 
 def _layer_norm(x, weight, bias, eps):
-    y, _, statistics = _forward(x, None, weight, bias, eps)
+    y, _, statistics = norm_forward(x, None, weight, bias, eps)
     return y, statistics
 
 
-def _backward(dy, ds, x, weight, bias, statistics, recompute=False):
+def norm_backward(dy, ds, x, weight, bias, statistics, recompute=False):
     """(dx, dweight, dbias, y); dbias is None without a bias, y unless `recompute`."""
     dy, ds, x, weight, bias = contiguous(dy, ds, x, weight, bias)
     dx, y = torch.empty_like(x), torch.empty_like(x) if recompute else None
@@ -275,22 +275,22 @@ _backward_op = define(
     "layer_norm_backward",
     "(Tensor dy, Tensor? ds, Tensor x, Tensor weight, Tensor? bias, Tensor statistics, bool recompute)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor y)",
-    _backward,
+    norm_backward,
 )
 _layer_norm_operator = Operator(
     "layer_norm",
     "(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor y, Tensor statistics)",
     forward=_layer_norm,
     save=_save,
-    backward=(_backward, _backward_op),
+    backward=(norm_backward, _backward_op),
     gradients=_layer_norm_gradients,
 )
 _add_layer_norm_operator = Operator(
     "add_layer_norm",
     "(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps) -> (Tensor y, Tensor s, Tensor statistics)",
-    forward=_forward,
+    forward=norm_forward,
     save=_save,
-    backward=(_backward, _backward_op),
+    backward=(norm_backward, _backward_op),
     gradients=_add_layer_norm_gradients,
     outputs=2,
 )

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 from .dispatch import pick
 from .launch import ceil_div, contiguous, dtype_of, has_data
+from .linear import add_product
 from .mlm_loss_arguments import expect_loss_options, expect_predictions
 from .mlm_loss_kernels import (
     LINE,
@@ -120,19 +121,6 @@ def _block_columns(column: int, vocabulary: int) -> int:
     return min(max(LINE, 1 << columns.bit_length() - 1), row_stride(vocabulary))
 
 
-def _add_product(total, left, right, first):
-    """total = left @ right, or added to it unless `first`, with total in float32 whatever the factors are."""
-    options = {}
-    if left.dtype != total.dtype and total.is_cuda:
-        options["out_dtype"] = torch.float32
-    elif left.dtype != total.dtype:  # torch has no such product there
-        left, right = left.float(), right.float()
-    if first:
-        torch.mm(left, right, **options, out=total)
-    else:
-        torch.addmm(total, left, right, **options, out=total)
-
-
 def _rows(hidden, positions):
     """hidden[positions], in memory of its own."""
     count, width = positions.shape[0], int(hidden.shape[1])
@@ -209,7 +197,7 @@ def _chunks(rows, decoder, vocabulary, bias, targets, options, limit, losses, dr
             sums = column_sums_launch(vocabulary, dtype)
             sums(ceil_div(vocabulary, sums.constants["COLUMNS"]), buffer, dbias, end - start)
         if dweight is not None:
-            _add_product(dweight, dlogits.t(), rows[start:end], first=start == 0)
+            add_product(dweight, dlogits.t(), rows[start:end], first=start == 0)
         if drows is not None:
             torch.mm(dlogits, decoder, out=drows[start:end])
 
@@ -290,7 +278,7 @@ def _weight_gradient(hidden, weight, bias, positions, targets, statistics, optio
         torch.mm(rows, weight[start:end].to(dtype).t(), out=logits)
         _over_tiles(launch, count, buffer, targets, bias, statistics, start, count)
         part = product[: end - start]
-        _add_product(part, logits.t(), rows, first=True)
+        add_product(part, logits.t(), rows, first=True)
         _scaled(part, out[start:end], gradient_scale(dtype), dloss, inverse)
     return out
 

@@ -8,6 +8,7 @@ of 16-bit working copies of the matrices, which the update writes, and added up 
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.func import functional_call
 
 from ..config import OptimizerOptions
@@ -49,6 +50,20 @@ class StaticBatch:
         self.cu_seqlens[ends:].fill_(self.input_ids.numel())
 
 
+class LossAndGradients(nn.Module):
+    """A model's loss and its gradients in one call: what the backward pass computes again sees the same weights."""
+
+    def __init__(self, model: Bert, autocast: torch.autocast):
+        super().__init__()
+        self.model, self.autocast = model, autocast
+
+    def forward(self, leaves: list[torch.Tensor], share: torch.Tensor, scale: torch.Tensor, *arguments):
+        """`share` of the loss of the model on `arguments`, and its gradients times `scale`."""
+        with self.autocast:
+            loss = self.model(*arguments) * share
+        return loss.detach(), torch.autograd.grad(loss * scale, leaves, allow_unused=True)
+
+
 class TrainStep:
     """Accumulates gradients and updates the weights.
 
@@ -78,6 +93,9 @@ class TrainStep:
         self._microbatch = torch.zeros(1, dtype=torch.int64, device=self.device)
         self._report = torch.zeros(3, device=self.device)
         self._batches: dict[tuple[int, int], StaticBatch] = {}
+        self._leaves = {f"model.{name}": leaf for name, leaf in self.weights.leaves.items()}
+        self._both = LossAndGradients(model, self.autocast)
+        self._first = True
 
     def _scalar(self, value: float = 0.0) -> torch.Tensor:
         return torch.full((), value, device=self.device)
@@ -95,10 +113,11 @@ class TrainStep:
         static.fill(batch)
         self._microbatch.fill_(microbatch)
         self._share.fill_(share)
-        key = (*shape, batch.max_seqlen, count)
-        self.graphs.run(key, lambda: self._add_gradient(static, batch.max_seqlen, count))
+        key = (*shape, batch.max_seqlen, count, first := self._first)
+        self.graphs.run(key, lambda: self._add_gradient(static, batch.max_seqlen, count, first))
+        self._first = False
 
-    def _add_gradient(self, batch: StaticBatch, max_seqlen: int, count: int) -> None:
+    def _add_gradient(self, batch: StaticBatch, max_seqlen: int, count: int, first: bool) -> None:
         input_ids, positions, labels = mask_tokens(
             batch.input_ids,
             batch.cu_seqlens,
@@ -109,16 +128,17 @@ class TrainStep:
             step=self._microbatch,
         )
         arguments = (input_ids, batch.cu_seqlens, max_seqlen, positions, labels)
-        with self.autocast:
-            loss = functional_call(self.model, self.weights.leaves, arguments) * self._share
-        leaves = list(self.weights.leaves.values())
-        self.weights.add_gradients(torch.autograd.grad(loss * self.loss_scale, leaves, allow_unused=True))
-        self._loss += loss.detach()
+        self.weights.start_gradient(anew=first)
+        arguments = ([*self._leaves.values()], self._share, self.loss_scale, *arguments)
+        loss, gradients = functional_call(self._both, self._leaves, arguments)
+        self.weights.take(gradients)
+        self._loss += loss
 
     def update(self, lr: float) -> StepResult:
         """Clip the accumulated gradient, update the weights, forget the gradient."""
         self._lr.fill_(lr)
         self.graphs.run("update", self._update)
+        self._first = True
         return StepResult(*self._report.clone().unbind())
 
     def _update(self) -> None:
@@ -133,7 +153,7 @@ class TrainStep:
 
     def reset(self) -> None:
         """Forget the gradients accumulated so far, and the memory that microbatches of their size took."""
-        self.weights.gradient.zero_()
+        self._first = True
         self._loss.zero_()
         self.graphs.forget()
         self._batches.clear()

@@ -49,7 +49,8 @@ class Weights:
             for name, view in self.by_name(self.working).items():
                 self.leaves[name] = view.detach().requires_grad_()
         self.refresh()
-        self._gradients = self.by_name(self.gradient)
+        for name, view in self.by_name(self.gradient).items():
+            self.leaves[name].main_grad = view
 
     def refresh(self) -> None:
         """Round the parameters to the working copies, after they were loaded."""
@@ -77,15 +78,20 @@ class Weights:
             for shape, places in shapes.items()
         ]
 
-    def add_gradients(self, gradients: Iterable[torch.Tensor | None]) -> None:
-        """Add one gradient for each of `leaves`, in their order; None where a parameter has no part in the loss."""
-        pairs = [(self._gradients[name], g) for name, g in zip(self.leaves, gradients, strict=True) if g is not None]
-        alike = [(total, g) for total, g in pairs if g.dtype == total.dtype]
-        if alike:
-            torch._foreach_add_(*map(list, zip(*alike, strict=True)))
-        for total, g in pairs:
-            if g.dtype != total.dtype:
-                total.add_(g)
+    def start_gradient(self, anew: bool) -> None:
+        """Say what the next gradients do with those already here: take their place, or join them."""
+        for leaf in self.leaves.values():
+            leaf.replaces_main_grad = anew
+
+    def take(self, gradients: Iterable[torch.Tensor | None]) -> None:
+        """Add one gradient for each of `leaves`, in their order; None where a product has added it to the leaf's
+        `main_grad`, or a parameter has no part in the loss."""
+        found = [(leaf, g) for leaf, g in zip(self.leaves.values(), gradients, strict=True) if g is not None]
+        anew = [(leaf.main_grad, g) for leaf, g in found if leaf.replaces_main_grad]
+        more = [(leaf.main_grad, g) for leaf, g in found if not leaf.replaces_main_grad]
+        for pairs, join in ((anew, torch._foreach_copy_), (more, torch._foreach_add_)):
+            if pairs:
+                join(*map(list, zip(*pairs, strict=True)))
 
 
 def _lay_out(parameters: dict[str, nn.Parameter]) -> tuple[dict[str, Place], int, int, int]:

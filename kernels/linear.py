@@ -1,0 +1,164 @@
+"""Linear layers that add their weight's gradient where it is collected, and that need not save their input.
+
+Who accumulates gradients over microbatches keeps one float32 buffer a weight. A weight that carries it as its attribute
+`main_grad` gets dW = dzᵀ x added there by the matrix product itself: no 16-bit gradient is written, read and added.
+While its attribute `replaces_main_grad` is true, dW takes the place of what was there, which saves clearing it.
+
+What stands before the product can be part of it. Then the forward pass saves the input of the norm or activation alone,
+and the backward pass, which reads that anyway, writes the product's input once more:
+
+    add_layer_norm_linear   s = x + residual, z = LN(s) Wᵀ        saves s and its statistics
+    geglu_linear            z = GEGLU(u) Wᵀ                       saves u
+
+The name `main_grad` is Megatron-LM's (Shoeybi et al., 1909.08053).
+"""
+
+import torch
+import torch.nn.functional as F
+
+from .dispatch import choose
+from .gelu import geglu, geglu_backward, geglu_forward
+from .layer_norm import add_layer_norm, norm_backward, norm_forward
+
+
+def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, first: bool = False) -> None:
+    """total += left @ right, or = where it is the `first`, with total in float32 whatever the factors are."""
+    options = {}
+    if left.dtype != total.dtype and total.is_cuda:
+        options["out_dtype"] = total.dtype
+    elif left.dtype != total.dtype:  # torch has no such product there
+        left, right = left.to(total.dtype), right.to(total.dtype)
+    if first:
+        torch.mm(left, right, **options, out=total)
+    else:
+        torch.addmm(total, left, right, **options, out=total)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x)
+        _remember(ctx, weight, bias)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dz):
+        (x,) = ctx.saved_tensors
+        dz = dz.contiguous()
+        _collect(ctx, dz, x)
+        return dz @ ctx.weight if ctx.needs_input_grad[0] else None, None, _bias_gradient(ctx, dz)
+
+
+class _GegluLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u, weight, bias, approximate, recompute):
+        (x,) = geglu_forward(u, approximate)
+        ctx.save_for_backward(u, None if recompute else x)
+        ctx.approximate = approximate
+        _remember(ctx, weight, bias)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dz):
+        u, x = ctx.saved_tensors
+        dz = dz.contiguous()
+        recompute = x is None
+        # Nobody reads u after this, and its gradient is the largest tensor of a layer.
+        du, again = geglu_backward(dz @ ctx.weight, u, ctx.approximate, recompute, in_place=recompute)
+        if recompute:
+            torch.autograd.graph.increment_version(u)
+        _collect(ctx, dz, again if x is None else x)
+        return du, None, _bias_gradient(ctx, dz), None, None
+
+
+class _AddLayerNormLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, norm_weight, norm_bias, weight, bias, eps, recompute):
+        y, s, statistics = norm_forward(x, residual, norm_weight, norm_bias, eps)
+        ctx.save_for_backward(s, norm_weight, norm_bias, statistics, None if recompute else y)
+        ctx.set_materialize_grads(False)
+        _remember(ctx, weight, bias)
+        return _product(y, weight, bias), s
+
+    @staticmethod
+    def backward(ctx, dz, ds):
+        s, norm_weight, norm_bias, statistics, y = ctx.saved_tensors
+        if dz is None:
+            return ds, ds, *(None,) * 6
+        dz = dz.contiguous()
+        parameters = (norm_weight, norm_bias, statistics)
+        dx, dnorm_weight, dnorm_bias, again = norm_backward(dz @ ctx.weight, ds, s, *parameters, y is None)
+        _collect(ctx, dz, again if y is None else y)
+        return dx, dx, dnorm_weight, dnorm_bias, None, _bias_gradient(ctx, dz), None, None
+
+
+def _remember(ctx, weight, bias):
+    ctx.weight, ctx.bias_dtype = weight, None if bias is None else bias.dtype
+
+
+def _collect(ctx, dz, x):
+    """Add the weight's gradient to what is collected."""
+    add_product(ctx.weight.main_grad, dz.t(), x, first=getattr(ctx.weight, "replaces_main_grad", False))
+
+
+def _product(x, weight, bias):
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def _bias_gradient(ctx, dz):
+    return None if ctx.bias_dtype is None else dz.sum(0, dtype=ctx.bias_dtype)
+
+
+def _accumulates(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the weight's gradient goes to its `main_grad`, and not through autograd to whoever asks for it."""
+    wanted = torch.is_grad_enabled() and getattr(weight, "main_grad", None) is not None
+    return wanted and x.dim() == 2 and x.dtype == weight.dtype
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x (..., I) times weight (O, I) transposed, plus bias (O,) → (..., O), as `torch.nn.functional.linear`.
+
+    Where weight has an attribute `main_grad` (O, I), float32, and x is (T, I) of the weight's dtype, the backward pass
+    adds the weight's gradient to it, and autograd sees none.
+    """
+    if _accumulates(x, weight):
+        return _Linear.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def geglu_linear(
+    u: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    approximate: str = "none",
+    recompute: bool = False,
+) -> torch.Tensor:
+    """`linear(geglu(u), weight, bias)` of u (..., 2I) → (..., O).
+
+    recompute: with a `main_grad`, the backward pass computes geglu(u) again instead of finding it saved: as much
+    memory less as it takes, for one more tensor written. It puts the gradient of u into u's own memory, so that a
+    second backward pass raises. Raises as `geglu` does.
+    """
+    if _accumulates(u, weight) and choose("geglu", u.device, u.dtype).backend == "triton":
+        return _GegluLinear.apply(u, weight, bias, approximate, recompute)
+    return linear(geglu(u, approximate), weight, bias)
+
+
+def add_layer_norm_linear(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    recompute: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(z, s)` with y, s = add_layer_norm(x, residual, norm_weight, norm_bias, eps) and z = linear(y, weight, bias).
+
+    x, residual and s (..., C), z (..., O). recompute: as in `geglu_linear`, of y. Raises as `add_layer_norm` does.
+    """
+    if _accumulates(x, weight) and choose("add_layer_norm", x.device, x.dtype).backend == "triton":
+        return _AddLayerNormLinear.apply(x, residual, norm_weight, norm_bias, weight, bias, eps, recompute)
+    y, s = add_layer_norm(x, residual, norm_weight, norm_bias, eps)
+    return linear(y, weight, bias), s

@@ -6,9 +6,12 @@ from .ledger import Device, Record
 from .tables import BEST, OURS
 
 COPY = "share of copy bandwidth"
+MATMUL = "share of the matmul peak"
 SPEED = "speed"
 HOST = "host time"
 EXTRA = "memory beside the results"
+MEMORY = "less memory"
+_COMPARED = {SPEED: "seconds", HOST: "host_seconds", MEMORY: "peak_mib"}
 
 
 def _suffix(case: str) -> str:
@@ -21,9 +24,10 @@ class Bar:
     """At least `least` of `measure` for this project on `work` (operator/direction, or one case's full name).
 
     `suffix` picks cases by the end of their name: None any, "" those without one. SPEED compares GPU seconds, HOST
-    host seconds with those of `against`, whose case ends in `against_suffix` where that differs. EXTRA is how many
-    times the memory that a call takes, its results aside, goes into `mib`. Against BEST, the
-    fastest peer that was measured counts, and the verdict names those of `among` that were not.
+    host seconds with those of `against`, whose case ends in `against_suffix` where that differs; MEMORY is how many
+    times this project's peak goes into that of `against`. EXTRA is how many times the memory that a call takes, its
+    results aside, goes into `mib`. Against BEST, the fastest peer that was measured counts, and the verdict names those
+    of `among` that were not.
     """
 
     work: str
@@ -59,6 +63,10 @@ def _rotary(case: str) -> Bar:
     return Bar(f"varlen_attention/fwd+bwd/{case}-rotary", SPEED, 1 / 1.05, OURS, against_suffix=_suffix(case))
 
 
+def _step(case: str, measure: str, least: float, against: str = "") -> Bar:
+    return Bar(f"step/train/{case}", measure, least, against)
+
+
 BARS = (
     Bar("layer_norm/fwd", COPY, 0.90),
     Bar("layer_norm/fwd+bwd", COPY, 0.85),
@@ -91,6 +99,13 @@ BARS = (
     Bar("mlm_loss/fwd+bwd", EXTRA, 1.0, suffix="", mib=300),
     Bar("mlm_loss/fwd+bwd", SPEED, 1.2, "liger", suffix="-low", against_suffix=""),
     Bar("mlm_loss/fwd+bwd", EXTRA, 1.0, suffix="-low", mib=64),
+    _step("crammed-bert-512x128", SPEED, 1.22, "plain-compile"),
+    _step("crammed-bert-512x128", SPEED, 1.25, "cramming-original"),
+    _step("crammed-bert-512x128", MATMUL, 0.60),
+    _step("crammed-bert-512x128", MEMORY, 1 / 0.65, "plain-compile"),
+    _step("crammed-bert-128x128", SPEED, 1.35, "plain-compile"),
+    _step("bert-base-ragged-16-128", SPEED, 3.5, "hf-eager"),
+    _step("bert-base-ragged-16-128", SPEED, 2.3, "hf-compile"),
 )
 
 
@@ -144,6 +159,8 @@ def _verdict(device: Device, bar: Bar, record: Record) -> Verdict:
     verdict = Verdict(bar, device.folder, f"{record.work} {record.dtype}", None)
     if bar.measure == COPY:
         return replace(verdict, measured=device.copy_share(record))
+    if bar.measure == MATMUL:
+        return replace(verdict, measured=device.matmul_share(record))
     if bar.measure == EXTRA:
         return replace(verdict, measured=_memory_left(bar, record))
     other = _other(device, bar, record)
@@ -165,12 +182,10 @@ def _other(device: Device, bar: Bar, record: Record) -> Record | None:
 
 
 def _ratio(bar: Bar, record: Record, other: Record) -> float | None:
-    """How many times as fast the record is as the other, by the clock that the bar looks at."""
-    if bar.measure == SPEED:
-        return other.seconds / record.seconds
-    if record.host_seconds is None or other.host_seconds is None:
-        return None
-    return other.host_seconds / record.host_seconds
+    """How many times what the bar looks at, a clock or memory, goes into that of the other."""
+    field = _COMPARED[bar.measure]
+    mine, theirs = getattr(record, field), getattr(other, field)
+    return None if mine is None or theirs is None else theirs / mine
 
 
 def _memory_left(bar: Bar, record: Record) -> float | None:
@@ -180,7 +195,7 @@ def _memory_left(bar: Bar, record: Record) -> float | None:
 
 
 def _value(bar: Bar, value: float) -> str:
-    return f"{value:.1%}".replace("%", " %") if bar.measure == COPY else f"{value:.2f}×"
+    return f"{value:.1%}".replace("%", " %") if bar.measure in (COPY, MATMUL) else f"{value:.2f}×"
 
 
 def summary(devices: list[Device]) -> str:

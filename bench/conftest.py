@@ -10,9 +10,10 @@ import torch
 
 from cramfast.device import environment, pick_dtype
 
-from . import gpu, ledger, tables
+from . import gpu, ledger, steps, tables
 from .cases import Sizes, fit
 from .measure import Refused, measure
+from .measure_step import measure_step
 
 _HERE = Path(__file__).parent
 # Host time is taken on these: many calls in the queue, next to no work for the GPU.
@@ -83,6 +84,31 @@ def measured(benchmark, machine, request):
             pytest.skip(str(refusal))
 
     yield run
+    machine.release()
+
+
+@pytest.fixture
+def step_measured(benchmark, machine, request):
+    """`step_measured(work, peer)` measures a peer's training step, the microbatch cut to what the card can hold."""
+
+    def run(work, peer):
+        missing = work.ordinary.missing()
+        if missing:
+            pytest.skip(missing)
+        options, lines = request.config.option, request.config.stash[_lines]
+        fitted = steps.fit(work, options.tokens, machine.free_bytes)
+        if fitted != work:
+            memory = f"{machine.free_bytes / 2**30:.1f} GiB of free memory and --tokens {options.tokens}"
+            note = f"{work.work}: {fitted.sequences} sequences for {work.sequences}, because of {memory}"
+            if note not in lines:
+                lines.append(note)
+        try:
+            measure_step(benchmark, machine, fitted, peer, pick_dtype(machine.device, options.dtype))
+        except Refused as refusal:
+            pytest.skip(str(refusal))
+
+    yield run
+    torch._dynamo.reset()  # what is compiled keeps its model
     machine.release()
 
 

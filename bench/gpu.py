@@ -64,6 +64,10 @@ class Gpu:
         call()
         return torch.cuda.max_memory_allocated(self.device) - before
 
+    def allocated_bytes(self) -> int:
+        """What PyTorch's allocator has handed out and not got back."""
+        return torch.cuda.memory_allocated(self.device)
+
     def release(self) -> None:
         """Hand cached memory back, so that the next case starts with what the card has."""
         gc.collect()

@@ -78,7 +78,8 @@ def save(results: Path, module: str, new: dict) -> str:
 @dataclass(frozen=True)
 class Record:
     """What one entry measured. Seconds are per call; `bytes` and `flops` come from the definition of the work;
-    `results_mib` of `peak_mib` are the outputs and gradients themselves.
+    `results_mib` of `peak_mib` are the outputs and gradients themselves. Training steps have `tokens_per_s` and
+    `joules_per_mtoken`, both of real tokens, and their `peak_mib` is all that the allocator held for them.
 
     `backend` is what ran for this project: "triton", "reference" where there is no kernel for the card, or
     the name of who it hands over to.
@@ -93,6 +94,8 @@ class Record:
     peak_mib: float | None = None
     results_mib: float | None = None
     host_seconds: float | None = None
+    tokens_per_s: float | None = None
+    joules_per_mtoken: float | None = None
     timed_by: str = "graph"
     backend: str | None = None
 
@@ -127,6 +130,11 @@ class Module:
     environment: dict
     records: tuple[Record, ...]
 
+    @property
+    def is_of_steps(self) -> bool:
+        """Whether training steps were measured, of which tokens a second are told."""
+        return all(record.tokens_per_s is not None for record in self.records)
+
     @classmethod
     def from_json(cls, name: str, content: dict) -> "Module":
         infos = (entry["extra_info"] for entry in content["benchmarks"])
@@ -156,6 +164,12 @@ class Device:
         """The record's definition bytes a second as a share of the copy's."""
         rate = self.copy_rate()
         return None if rate is None or not record.bytes else record.bytes / record.seconds / rate
+
+    def matmul_share(self, record: Record) -> float | None:
+        """The record's definition FLOPs a second as a share of those of a large matrix product in its dtype."""
+        rates = (r.flops / r.seconds for r in self.records if (r.operator, r.dtype) == ("matmul", record.dtype))
+        rate = max(rates, default=None)
+        return None if rate is None or not record.flops else record.flops / record.seconds / rate
 
     def speed(self, record: Record, who: str) -> float | None:
         """How many times as fast as `who` on the same work; None when that was not measured."""

@@ -19,6 +19,7 @@ from cramfast import kernels
 from .cases import BOTH, Case
 from .check import Call, guard
 from .peers import CRAMFAST, Peer
+from .steps import StepPeer
 
 _ROUNDS = 20
 _WARMUP_ROUNDS = 2
@@ -54,7 +55,7 @@ def measure(benchmark, machine, case: Case, tiny: Case, direction: str, peer: Pe
     `tiny` is the same operator on few tokens, for host time. Raises WrongResult instead of timing what is wrong, and
     Refused where a peer, other than this project, cannot be called.
     """
-    with _refusal_of(peer, case.work(direction)):
+    with refusal_of(peer, case.work(direction)):
         function = peer.load(case)
     overwrites = peer.overwrites if direction == BOTH else ()
     inputs = case.make(0)
@@ -62,7 +63,7 @@ def measure(benchmark, machine, case: Case, tiny: Case, direction: str, peer: Pe
     calls = [Call(function, peer.prepare(inputs if i == 0 else case.make(i)), direction) for i in range(sets)]
     restore = _restorer(calls, overwrites)
 
-    with _refusal_of(peer, case.work(direction)):
+    with refusal_of(peer, case.work(direction)):
         replay, timed_by = machine.capture(lambda: [call() for call in calls])
     calls[0].poison()
     restore()
@@ -102,12 +103,12 @@ def measure(benchmark, machine, case: Case, tiny: Case, direction: str, peer: Pe
 
 
 @contextmanager
-def _refusal_of(peer: Peer, work: str) -> Iterator[None]:
+def refusal_of(peer: Peer | StepPeer, work: str) -> Iterator[None]:
     """What a peer raises, as its refusal. Packages and backends have dozens of ways to say that they cannot."""
     try:
         yield
     except Exception as error:
-        if peer is CRAMFAST:
+        if peer.who == CRAMFAST.who:
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise Refused(f"{peer.who} on {work}: {shorten(reason, _REASON_CHARACTERS)}") from error

@@ -38,8 +38,13 @@ class Peer:
 
     def missing(self) -> str | None:
         """Why this peer cannot run here; None when it can."""
-        absent = [module for module in self.modules if importlib.util.find_spec(module) is None]
-        return f"{self.package} is not installed" if absent else None
+        return absence(self.modules, self.package)
+
+
+def absence(modules: tuple[str, ...], package: str) -> str | None:
+    """That `package` is not installed, where one of its top-level modules is not found; else None."""
+    absent = [module for module in modules if importlib.util.find_spec(module) is None]
+    return f"{package} is not installed" if absent else None
 
 
 def _compiled(case: Case) -> Callable:

@@ -11,6 +11,7 @@ OURS = "cramfast"
 BEST = "best"
 _ORDER = (OURS, "torch-eager", "torch-compile")
 _RIVALS = {"torch-compile": "× compile", "torch-eager": "× eager"}
+_STEP_HEAD = ("who", "ms a step", "tokens/s", "MFU", "peak GiB", "J per M tokens")
 _REGRESSION = 1.05
 _LIMITS = "limits"
 
@@ -21,7 +22,8 @@ def run_table(device: Device, ran: set[tuple[str, str, str]]) -> list[str]:
     rows = [("work", "who", "dtype", "µs", "of copy", "× best", "")]
     for record in records:
         share, speed = device.copy_share(record), _speed(device, record, BEST)
-        measured = (micros(record.seconds), percent(share), times(speed), record.note)
+        note = record.note if record.tokens_per_s is None else _pace(device, record)
+        measured = (micros(record.seconds), percent(share), times(speed), note)
         rows.append((record.work, record.who, record.dtype, *measured))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [_aligned(row, widths).rstrip() for row in rows]
@@ -33,16 +35,28 @@ def _aligned(row: tuple[str, ...], widths: list[int]) -> str:
     return "  ".join(cells)
 
 
+def _pace(device: Device, record: Record) -> str:
+    """A training step's tokens a second, share of the matmul peak, memory and energy."""
+    _, _, pace, share, peak, joules = _step_row(device, record)
+    named = ((pace, "tokens/s"), (share, "of matmul"), (peak, "GiB"), (joules, "J per M tokens"))
+    return ", ".join(f"{value} {unit}" for value, unit in named if value)
+
+
 def module_tables(name: str, devices: list[Device], plot_folder: str) -> str:
     """The README's text for one module: for every device its tables, its environment and its plot."""
     parts = []
     for device in devices:
         if module := device.modules.get(name):
-            tables = [_limits_table(module)] if name == _LIMITS else _operator_tables(device, module)
-            parts += [*tables, _environment(module.environment)]
+            parts += [*_tables(device, module), _environment(module.environment)]
             if name != _LIMITS:
                 parts.append(f"![{name} on {module.environment['device']}]({plot_folder}/{device.folder}/{name}.png)")
     return "\n\n".join(parts) or "Nothing measured yet."
+
+
+def _tables(device: Device, module: Module) -> list[str]:
+    if module.name == _LIMITS:
+        return [_limits_table(module)]
+    return _step_tables(device, module) if module.is_of_steps else _operator_tables(device, module)
 
 
 def _limits_table(module: Module) -> str:
@@ -92,6 +106,33 @@ def _row(device: Device, records: list[Record], rivals: tuple[str, ...]) -> tupl
         *(times(_speed(device, whole, rival)) for rival in rivals),
         "" if whole.peak_mib is None else f"{whole.peak_mib:.0f}",
         micros(whole.host_seconds),
+    )
+
+
+def _step_tables(device: Device, module: Module) -> list[str]:
+    """A table for each case and dtype of training steps, with a row for each who and its speed against each other."""
+    tables = []
+    records = sorted(module.records, key=by_work)
+    for case, dtype in dict.fromkeys((r.case, r.dtype) for r in records):
+        of_case = [r for r in records if (r.case, r.dtype) == (case, dtype)]
+        rivals = [r.who for r in of_case if r.who != OURS]
+        head = (*_STEP_HEAD, *(f"× {who}" for who in rivals))
+        rows = [
+            _step_row(device, record) + tuple(times(device.speed(record, who)) for who in rivals) for record in of_case
+        ]
+        tables.append(f"**`step`** {case}, {dtype}\n\n{markdown(head, rows)}")
+    return tables
+
+
+def _step_row(device: Device, record: Record) -> tuple[str, ...]:
+    ran = "" if record.backend in (None, "triton") else f" ({record.backend})"
+    return (
+        (f"**{record.who}**" if record.who == OURS else record.who) + ran,
+        f"{record.seconds * 1e3:.1f}",
+        thousands(record.tokens_per_s),
+        percent(device.matmul_share(record)),
+        "" if record.peak_mib is None else f"{record.peak_mib / 1024:.1f}",
+        "" if record.joules_per_mtoken is None else f"{record.joules_per_mtoken:,.0f}",
     )
 
 
@@ -153,6 +194,11 @@ def micros(seconds: float | None) -> str:
 
 def percent(share: float | None) -> str:
     return "" if share is None else f"{share:.0%}".replace("%", " %")
+
+
+def thousands(value: float | None) -> str:
+    """A rate rounded to hundreds; empty for what was not measured."""
+    return "" if value is None else f"{round(value, -2):,.0f}"
 
 
 def times(ratio: float | None) -> str:

@@ -1,0 +1,272 @@
+"""What a training step is measured on and who takes it: forward, backward, clip and AdamW on one microbatch.
+
+T tokens of an unpadded batch, B sequences, M predictions.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from cramfast import kernels
+from cramfast.config import ModelConfig, OptimizerOptions
+from cramfast.data.batches import Batch, Cursor
+from cramfast.data.tokenizer import SpecialIds
+from cramfast.model import Bert
+from cramfast.train.optimizer import adamw
+from cramfast.train.step import TrainStep
+
+from . import lengths
+from .peers import CRAMFAST, absence
+
+INITIAL_SEED = 0
+_MASK_SEED = 0
+_MASK_RATE = 0.25
+# A learning rate at which many steps on one batch stay finite.
+_OPTIMIZER = OptimizerOptions(lr=1e-4, clip=1.0)
+_SHARE_OF_FREE_MEMORY = 0.8
+# Weights, gradients and moments of 150 M parameters, and as much again for what is made on the way.
+_MODEL_MIB = 4096
+
+
+@dataclass(frozen=True)
+class MaskedBatch:
+    """input_ids (T,) and, with a share of them hidden, masked_ids (T,); positions (M,) of the predicted ones, rising,
+    and labels (M,). cu_seqlens int32 (B+1,)."""
+
+    input_ids: torch.Tensor
+    masked_ids: torch.Tensor
+    positions: torch.Tensor
+    labels: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+
+    @property
+    def counts(self) -> torch.Tensor:
+        """Tokens of each sequence (B,)."""
+        return self.cu_seqlens.diff()
+
+    def parts(self, sequences: int) -> Iterator["MaskedBatch"]:
+        """The batch as batches of at most so many sequences."""
+        ends = self.cu_seqlens.tolist()
+        for first in range(0, len(ends) - 1, sequences):
+            start, stop = ends[first], ends[min(first + sequences, len(ends) - 1)]
+            inside = (self.positions >= start) & (self.positions < stop)
+            yield replace(
+                self,
+                input_ids=self.input_ids[start:stop],
+                masked_ids=self.masked_ids[start:stop],
+                positions=self.positions[inside] - start,
+                labels=self.labels[inside],
+                cu_seqlens=self.cu_seqlens[first : first + sequences + 1] - start,
+            )
+
+
+def _all_of_the_sequence(counts: torch.Tensor, config: ModelConfig) -> float:
+    return int(counts.square().sum()) / int(counts.sum())
+
+
+@dataclass(frozen=True)
+class Ordinary:
+    """A model as people train it today; its variants are called `<name>-eager` and `<name>-compile`.
+
+    `build(config)`: on the CPU, with the weights that every variant starts from. `arguments(batch)`: what it is called
+    with; it returns the mean loss, or an object that has it as `loss`. `mean_attended(counts (B,), config)`: how many
+    tokens a token attends to. The work is skipped where one of its `modules` is not found.
+    """
+
+    name: str
+    build: Callable[[ModelConfig], nn.Module]
+    arguments: Callable[[MaskedBatch], dict[str, torch.Tensor]]
+    mean_attended: Callable[[torch.Tensor, ModelConfig], float] = _all_of_the_sequence
+    modules: tuple[str, ...] = ()
+    package: str = ""
+
+    def missing(self) -> str | None:
+        """Why this model cannot run here; None when it can."""
+        return absence(self.modules, self.package)
+
+    def loss(self, model: nn.Module, arguments: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The mean loss, a scalar, of the model called with `arguments`."""
+        output = model(**arguments)
+        return output if isinstance(output, torch.Tensor) else output.loss
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """One microbatch of one model: `sequences` of `length` tokens, or of `shortest` to `length`, uniformly.
+
+    `mib_per_place`: memory that the hungriest variant takes for a place of the padded batch, measured on an H200.
+    """
+
+    name: str
+    config: ModelConfig
+    ordinary: Ordinary
+    sequences: int
+    length: int
+    mib_per_place: float
+    shortest: int | None = None
+
+    @property
+    def work(self) -> str:
+        return f"step/train/{self.name}"
+
+    def counts(self) -> torch.Tensor:
+        """Tokens of each sequence, int64 (B,), the same every time."""
+        places = self.sequences * self.length
+        if self.shortest is None:
+            return lengths.equal(self.length, places)
+        return lengths.uniform(self.shortest, self.length, places)[: self.sequences]
+
+    def flops(self) -> int:
+        """Of one step, by definition: only real tokens count, and only predicted ones reach the vocabulary."""
+        counts = self.counts()
+        tokens = int(counts.sum())
+        attended = self.ordinary.mean_attended(counts, self.config)
+        return round(tokens * self.config.flops_per_token(_predicted(tokens) / tokens, attended))
+
+
+def fit(work: StepWork, tokens: int, free_bytes: int) -> StepWork:
+    """The work with at most `tokens` places in its batch, sequences halved until the hungriest variant fits into
+    `free_bytes`. Its name tells the sequences where they are not the usual number."""
+    sequences = min(work.sequences, max(1, tokens // work.length))
+    room = _SHARE_OF_FREE_MEMORY * free_bytes / 2**20 - _MODEL_MIB
+    while sequences > 1 and sequences * work.length * work.mib_per_place > room:
+        sequences //= 2
+    name = work.name if sequences == work.sequences else f"{work.name}@{sequences}"
+    return replace(work, name=name, sequences=sequences)
+
+
+def _predicted(tokens: int) -> int:
+    return round(_MASK_RATE * tokens)
+
+
+def _special_ids(config: ModelConfig) -> SpecialIds:
+    return SpecialIds(pad=0, cls=2, sep=3, mask=4, ordinary=(5, config.vocab_size))
+
+
+def masked_batch(work: StepWork, device: torch.device) -> MaskedBatch:
+    """Ordinary words by Zipf's law, masked as `TrainStep` masks its first microbatch; always the same."""
+    special, counts = _special_ids(work.config), work.counts()
+    generator = torch.Generator().manual_seed(0)
+    first, end = special.ordinary
+    frequency = 1 / torch.arange(1, end - first + 1, dtype=torch.float64)
+    ids = first + torch.multinomial(frequency, int(counts.sum()), replacement=True, generator=generator)
+    ids, ends = ids.to(device), nn.functional.pad(counts.cumsum(0), (1, 0)).to(device, torch.int32)
+    masked_ids, positions, labels = kernels.mask_tokens(
+        ids, ends, _predicted(len(ids)), mask_id=special.mask, ordinary=special.ordinary, seed=_MASK_SEED, step=0
+    )
+    return MaskedBatch(ids, masked_ids, positions, labels, ends, work.length)
+
+
+def initial_bert(config: ModelConfig) -> Bert:
+    """This project's model with the weights that every variant starts from, on the CPU."""
+    torch.manual_seed(INITIAL_SEED)
+    return Bert(config)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one step: the mean loss in nats, and the gradient's norm before clipping. Scalars, on the device."""
+
+    loss: torch.Tensor
+    gradient_norm: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a variant starts from: the work, its batch on the device, and the dtype of the matrix products."""
+
+    work: StepWork
+    batch: MaskedBatch
+    dtype: torch.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.batch.input_ids.device
+
+
+class OurStep:
+    """This project's step. It masks the batch anew each time, which the others are spared; the first time as
+    `masked_batch` does."""
+
+    def __init__(self, training: Training):
+        batch = training.batch
+        self.step = _train_step(training)
+        attended = int(batch.counts.square().sum())
+        self.batch = Batch(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, attended, Cursor())
+        self.microbatch = 0
+
+    def __call__(self) -> Outcome:
+        self.step.accumulate(self.batch, _MASK_RATE, self.microbatch, 1.0)
+        self.microbatch += 1
+        result = self.step.update(_OPTIMIZER.lr)
+        return Outcome(result.loss, result.gradient_norm)
+
+
+def _train_step(training: Training) -> TrainStep:
+    """The step that `python -m cramfast.pretrain` takes."""
+    model = initial_bert(training.work.config).to(training.device).train()
+    special = _special_ids(training.work.config)
+    return TrainStep(model, adamw(model, _OPTIMIZER), special, _OPTIMIZER.clip, training.dtype, _MASK_SEED)
+
+
+class OrdinaryStep:
+    """The step of an ordinary model: fp32 weights under autocast, fused AdamW, and a gradient scaler for float16. The
+    batch was masked and padded before."""
+
+    def __init__(self, training: Training, compiled: bool):
+        self.ordinary = training.work.ordinary
+        self.model = self.ordinary.build(training.work.config).to(training.device).train()
+        self.call = self.model
+        if compiled:
+            # What earlier works compiled would count towards the recompile limit, and make this one's shapes dynamic.
+            torch._dynamo.reset()
+            self.call = torch.compile(self.model)
+        self.arguments = self.ordinary.arguments(training.batch)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=_OPTIMIZER.lr,
+            betas=(_OPTIMIZER.beta1, _OPTIMIZER.beta2),
+            eps=_OPTIMIZER.adam_eps,
+            weight_decay=_OPTIMIZER.weight_decay,
+            fused=True,
+        )
+        kind = training.device.type
+        self.autocast = torch.autocast(kind, training.dtype, enabled=training.dtype != torch.float32)
+        self.scaler = torch.amp.GradScaler(kind, enabled=training.dtype == torch.float16)
+
+    def __call__(self) -> Outcome:
+        with self.autocast:
+            loss = self.ordinary.loss(self.call, self.arguments)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), _OPTIMIZER.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return Outcome(loss.detach(), norm)
+
+
+@dataclass(frozen=True)
+class StepPeer:
+    """One variant of a work. `start(training)` gives its step as a function without arguments.
+
+    `graphs`: whether its activations may live in CUDA graphs, of which the allocator sees only the capture.
+    """
+
+    who: str
+    start: Callable[[Training], Callable[[], Outcome]]
+    graphs: bool = False
+
+
+OURS = StepPeer(CRAMFAST.who, OurStep, graphs=True)
+
+
+def ordinary_peers(ordinary: Ordinary) -> tuple[StepPeer, StepPeer]:
+    """The model in eager PyTorch, and the whole of it under torch.compile in its default mode."""
+    return (
+        StepPeer(f"{ordinary.name}-eager", lambda training: OrdinaryStep(training, compiled=False)),
+        StepPeer(f"{ordinary.name}-compile", lambda training: OrdinaryStep(training, compiled=True)),
+    )

@@ -14,7 +14,6 @@ from cramfast.config import ModelConfig, OptimizerOptions
 from cramfast.data.batches import Batch, Cursor
 from cramfast.data.tokenizer import SpecialIds
 from cramfast.model import Bert
-from cramfast.train.optimizer import adamw
 from cramfast.train.step import TrainStep
 
 from . import lengths
@@ -209,7 +208,7 @@ def _train_step(training: Training) -> TrainStep:
     """The step that `python -m cramfast.pretrain` takes."""
     model = initial_bert(training.work.config).to(training.device).train()
     special = _special_ids(training.work.config)
-    return TrainStep(model, adamw(model, _OPTIMIZER), special, _OPTIMIZER.clip, training.dtype, _MASK_SEED)
+    return TrainStep(model, _OPTIMIZER, special, training.dtype, _MASK_SEED)
 
 
 class OrdinaryStep:

@@ -9,10 +9,10 @@ _MOST_GRAPHS = 16
 
 
 class Graphs:
-    """Runs work that reads and writes the same tensors every time, from its second time on as a CUDA graph.
+    """Runs work that reads and writes the same tensors every time as a CUDA graph.
 
-    The first time it runs as it is, which compiles what it needs, and is then captured. What a graph allocates it
-    keeps; all graphs share that memory, because only one runs at a time and no result stays in it.
+    The first of all work runs once as it is, which compiles what it needs. What a graph allocates it keeps; all graphs
+    share that memory, because only one runs at a time and no result stays in it.
     """
 
     def __init__(self, device: torch.device, enabled: bool = True):
@@ -37,22 +37,34 @@ class Graphs:
             self._first_time(key, work)
 
     def _first_time(self, key: Hashable, work: Callable[[], None]) -> None:
+        if self._graphs:
+            # What another shape has warmed up serves this one, and its memory holds this one's as well.
+            if self._capture(key, work):
+                self._graphs[key].replay()
+            else:
+                work()
+            return
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             work()
         current.wait_stream(self._stream)
+        self._capture(key, work)
+
+    def _capture(self, key: Hashable, work: Callable[[], None]) -> bool:
+        """Make `work`, which does not run, the graph of `key`; returns whether it can be one."""
         graph = torch.cuda.CUDAGraph()
         try:
-            # Other threads go on to pin memory for batches, which a capture would otherwise forbid them.
-            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+            # Relaxed: kernels used for the first time are loaded, and other threads pin memory for batches.
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="relaxed"):
                 work()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             self.obstacle = str(error).strip().splitlines()[0]
-            return
+            return False
         self._graphs[key] = graph
+        return True
 
     def forget(self) -> None:
         """Let go of the graphs and their memory."""

@@ -83,15 +83,19 @@ class Weights:
         for leaf in self.leaves.values():
             leaf.replaces_main_grad = anew
 
-    def take(self, gradients: Iterable[torch.Tensor | None]) -> None:
+    def take(self, gradients: Iterable[torch.Tensor | None], anew: bool) -> None:
         """Add one gradient for each of `leaves`, in their order; None where a product has added it to the leaf's
         `main_grad`, or a parameter has no part in the loss."""
-        found = [(leaf, g) for leaf, g in zip(self.leaves.values(), gradients, strict=True) if g is not None]
-        anew = [(leaf.main_grad, g) for leaf, g in found if leaf.replaces_main_grad]
-        more = [(leaf.main_grad, g) for leaf, g in found if not leaf.replaces_main_grad]
-        for pairs, join in ((anew, torch._foreach_copy_), (more, torch._foreach_add_)):
-            if pairs:
-                join(*map(list, zip(*pairs, strict=True)))
+        found = [(leaf.main_grad, g) for leaf, g in zip(self.leaves.values(), gradients, strict=True) if g is not None]
+        small = [(total, g) for total, g in found if total.ndim < 2]
+        if anew:
+            # For torch to add a list of tensors is one kernel, to copy it is one for each.
+            self.gradient[self.decayed :].zero_()
+        if small:
+            torch._foreach_add_(*map(list, zip(*small, strict=True)))
+        for total, g in found:
+            if total.ndim >= 2:
+                total.copy_(g) if anew else total.add_(g)
 
 
 def _lay_out(parameters: dict[str, nn.Parameter]) -> tuple[dict[str, Place], int, int, int]:

@@ -210,7 +210,7 @@ class PretrainOptions:
     graphs: bool = True
     """Run each step as a CUDA graph: less work for the host, the same numbers."""
     evals: int = 10
-    """Times the held-out loss is measured over the budget."""
+    """Times the held-out loss and accuracy are measured over the budget."""
     text: TextOptions = field(default_factory=TextOptions)
     batches: BatchOptions = field(default_factory=BatchOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)

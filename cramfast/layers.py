@@ -16,6 +16,7 @@ from .kernels import (
     layer_norm,
     linear,
     mlm_loss,
+    mlm_scores,
     pad,
     unpad,
     varlen_attention,
@@ -194,9 +195,24 @@ class SparseMLMHead(nn.Module):
         positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Mean loss of predicting labels (M,) from rows `positions` (M,) of hidden (T, C); None: from all rows."""
+        return mlm_loss(*self._predictions(hidden, weight, labels, positions))
+
+    @torch.no_grad()
+    def score(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        positions: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(losses, correct)` of each of these predictions, as `mlm_scores` gives them; without gradients."""
+        return mlm_scores(*self._predictions(hidden, weight, labels, positions))
+
+    def _predictions(self, hidden, weight, labels, positions):
+        """What the loss takes; a transform has picked the rows already."""
         if self.transform is None:
-            return mlm_loss(hidden, weight, labels, positions, self.bias)
-        return mlm_loss(self.transform(only(hidden, positions)), weight, labels, bias=self.bias)
+            return hidden, weight, labels, positions, self.bias
+        return self.transform(only(hidden, positions)), weight, labels, None, self.bias
 
     def predict(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Logits (M, V) of hidden rows (M, C)."""

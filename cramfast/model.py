@@ -202,10 +202,29 @@ class Bert(nn.Module):
         labels: torch.Tensor,
     ) -> torch.Tensor:
         """Mean loss, in nats, of predicting labels (M,) at positions (M,) of the flat batch."""
+        return self.head(*self._predictions(input_ids, cu_seqlens, max_seqlen, positions, labels))
+
+    @torch.no_grad()
+    def score(
+        self,
+        input_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        positions: torch.Tensor,
+        labels: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(losses, correct)` of predicting labels (M,) at positions (M,) of the flat batch, without gradients.
+
+        losses: (M,), in nats, 0 where the label is −100. correct: bool (M,), whether the label is the likeliest token.
+        """
+        return self.head.score(*self._predictions(input_ids, cu_seqlens, max_seqlen, positions, labels))
+
+    def _predictions(self, input_ids, cu_seqlens, max_seqlen, positions, labels):
+        """What the head takes."""
         decoder = self.embeddings.tokens.weight
         if self.sparse_last_layer:
-            return self.head(self.encode(input_ids, cu_seqlens, max_seqlen, positions), decoder, labels)
-        return self.head(self.encode(input_ids, cu_seqlens, max_seqlen), decoder, labels, positions)
+            return self.encode(input_ids, cu_seqlens, max_seqlen, positions), decoder, labels
+        return self.encode(input_ids, cu_seqlens, max_seqlen), decoder, labels, positions
 
     def predict(self, hidden_rows: torch.Tensor) -> torch.Tensor:
         """Logits (M, V) of rows (M, C) of `encode`'s output."""

@@ -324,6 +324,22 @@ def test_a_head_under_autocast(dtype):
     assert all(x.grad.any() and x.grad.isfinite().all() for x in (weight, hidden, head.bias))
 
 
+@pytest.mark.parametrize("transform", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_heads_scores_are_what_its_loss_is_the_mean_of(dtype, transform):
+    hidden, weight, labels, positions, _ = problem(63, 97, torch.float32)
+    options = {"linear_bias": True, "norm_bias": True, "decoder_bias": True, "eps": 1e-5}
+    head = SparseMLMHead(96, 97, transform=transform, **options).to(DEVICE)
+    torch.nn.init.normal_(head.bias)
+    with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+        loss = head(hidden.to(dtype), weight, labels, positions)
+        losses, correct = head.score(hidden.to(dtype), weight, labels, positions)
+    assert not losses.requires_grad and losses.dtype == torch.float32
+    # The same logits, summed in another order.
+    torch.testing.assert_close(losses.sum() / (labels != -100).sum(), loss.detach(), rtol=1e-5, atol=0)
+    assert correct.shape == losses.shape and not correct[labels == -100].any()
+
+
 H, W, Y = (
     torch.ones(4, 8, device=DEVICE),
     torch.ones(9, 8, device=DEVICE),

@@ -159,7 +159,8 @@ def losses(out: Path) -> list[tuple[int, str, float]]:
     return [
         (record["step"], name, record[name])
         for record in records(out)
-        for name in record.keys() & {"loss", "heldout_loss"}
+        for name in ("loss", "heldout_loss", "heldout_accuracy")
+        if name in record
     ]
 
 
@@ -236,15 +237,22 @@ def test_metrics_have_every_field_of_every_update(reference):
     assert all(record["memory_mib"] > 0 for record in found)
 
 
-def test_the_heldout_loss_is_measured_as_often_as_asked(reference):
+def test_heldout_text_is_measured_as_often_as_asked(reference):
     measured = [record for record in records(reference.out) if "heldout_loss" in record]
     assert [record["step"] for record in measured] == [STEPS // 3, 2 * STEPS // 3, STEPS]
-    assert measured[-1]["heldout_loss"] == read_json(reference.out / "summary.json")["heldout_loss"]
+    summary = read_json(reference.out / "summary.json")
+    for name in ("heldout_loss", "heldout_accuracy"):
+        assert measured[-1][name] == summary[name]
+    assert 0 < measured[-1]["heldout_accuracy"] < 1
+    for record in measured:
+        said = f"held-out loss {record['heldout_loss']:.4f}, accuracy {record['heldout_accuracy']:.1%}"
+        assert said in reference.printed
 
 
 def check_closing_words(printed: str, out: Path, cwd: Path = ROOT) -> None:
     summary = read_json(cwd / out / "summary.json")
     assert f"held-out loss     {summary['heldout_loss']:.4f}" in printed
+    assert f"held-out accuracy {summary['heldout_accuracy']:.1%}" in printed
     assert f"unigram entropy   {summary['unigram_entropy']:.4f}" in printed
     assert str(out / "final") in printed
     assert printed.count("[MASK]") == 3

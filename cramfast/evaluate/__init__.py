@@ -1,1 +1,1 @@
-"""Measuring a model: held-out loss and examples."""
+"""Measuring a model: held-out loss, accuracy and examples."""

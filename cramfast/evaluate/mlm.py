@@ -1,4 +1,4 @@
-"""The held-out masked-language-modelling loss, and filled-in examples."""
+"""The held-out masked-language-modelling loss and accuracy, and filled-in examples."""
 
 from dataclasses import dataclass
 
@@ -14,9 +14,19 @@ from ..model import Bert
 # Whatever the training rate, evaluation hides 15 % of the tokens, all behind the mask token, always the same ones.
 RATE = 0.15
 _SEED = 15
+# The label where a sequence had no ordinary token left to hide.
+_IGNORED = -100
 _BATCH_TOKENS = 16_384
 # Enough for a standard error near 0.01 nats on a GPU; a CPU would spend its budget on them.
 _MOST_TOKENS = {"cuda": 262_144, "cpu": 16_384}
+
+
+@dataclass(frozen=True)
+class Score:
+    """loss: mean cross-entropy in nats; accuracy: share of the predictions whose likeliest token is the right one."""
+
+    loss: float
+    accuracy: float
 
 
 @dataclass(frozen=True)
@@ -49,12 +59,13 @@ class HeldOut:
             cursor = batch.next
         return cls(batches)
 
-    @torch.no_grad()
-    def loss(self, model: Bert, autocast: torch.autocast) -> float:
-        """Mean cross-entropy in nats over the hidden tokens."""
+    def score(self, model: Bert, autocast: torch.autocast) -> Score:
+        """Loss and accuracy over the hidden tokens of all batches."""
         with autocast:
-            losses = [model(*batch) for batch in self.batches]
-        return torch.stack(losses).double().mean().item()
+            scores = [model.score(*batch) for batch in self.batches]
+        losses, correct = (torch.cat(parts).double().sum() for parts in zip(*scores, strict=True))
+        count = sum((labels != _IGNORED).sum() for *_, labels in self.batches)
+        return Score(*(torch.stack((losses, correct)) / count.clamp(min=1)).tolist())
 
 
 @dataclass(frozen=True)

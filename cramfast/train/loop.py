@@ -14,7 +14,7 @@ from ..data.batches import BatchBuilder, Cursor, PieceSource, Prefetcher
 from ..data.shards import TokenStream
 from ..device import EnergyMeter, peak_memory_mib
 from ..errors import TrainingFailed, UserError
-from ..evaluate.mlm import HeldOut
+from ..evaluate.mlm import HeldOut, Score
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from .plan import BatchPlan
 from .progress import Display, Metrics, plot_loss
@@ -109,8 +109,8 @@ class Trainer:
         self._pending: list[tuple[float, int, StepResult]] = []
         self._rate_from = self.state.spent
 
-    def train(self) -> float:
-        """Run to the end of the budget; returns the final held-out loss.
+    def train(self) -> Score:
+        """Run to the end of the budget; returns the final held-out score.
 
         Raises Stopped, after saving a checkpoint unless it came at once.
         """
@@ -244,19 +244,21 @@ class Trainer:
             self.state.skipped += int(flag)
             self.state.skipped_in_a_row = self.state.skipped_in_a_row + 1 if flag else 0
 
-    def _evaluate(self) -> float:
+    def _evaluate(self) -> Score:
         self.model.eval()
-        loss = self.setup.heldout.loss(self.model, self.step.autocast)
+        score = self.setup.heldout.score(self.model, self.step.autocast)
         self.model.train()
         spent = self._spent_now()
-        self.metrics.write(
-            {"step": self.state.step, "tokens": spent.tokens, "seconds": round(spent.seconds, 3), "heldout_loss": loss}
+        record = {"step": self.state.step, "tokens": spent.tokens, "seconds": round(spent.seconds, 3)}
+        self.metrics.write({**record, "heldout_loss": score.loss, "heldout_accuracy": score.accuracy})
+        self.display.say(
+            f"step {self.state.step:,}  {spent.tokens:,} tokens  "
+            f"held-out loss {score.loss:.4f}, accuracy {score.accuracy:.1%}"
         )
-        self.display.say(f"step {self.state.step:,}  {spent.tokens:,} tokens  held-out loss {loss:.4f}")
         if self.plot_every.now(self.state.step):
             plot_loss(self.setup.folder, self.setup.unigram_entropy)
         self._rate_from = self._spent_now()
-        return loss
+        return score
 
     def _spent_now(self) -> Spent:
         """The resources spent, with the time it is now."""

@@ -15,7 +15,7 @@ from ..data.shards import Dataset, TokenStream
 from ..data.tokenizer import SpecialIds, special_ids
 from ..device import environment, has_gpu, matmul_rate, pick_device, pick_dtype
 from ..errors import TrainingFailed, UserError
-from ..evaluate.mlm import Example, HeldOut, fill_examples
+from ..evaluate.mlm import Example, HeldOut, Score, fill_examples
 from ..kernels import OPERATORS, choose
 from ..model import Bert
 from .checkpoint import save_model, write_json
@@ -61,12 +61,12 @@ def _pretrain(options: PretrainOptions, display: Display, signals: StopSignals) 
     trainer = Trainer(setup, display, signals)
     _print_start(display, setup, trainer.state)
     try:
-        heldout_loss = trainer.train()
+        score = trainer.train()
     except Stopped as stop:
         if not stop.at_once:
             display.say(f"saved {folder}; the same command goes on from there")
         raise
-    _finish(setup, trainer.state, heldout_loss, dataset, special)
+    _finish(setup, trainer.state, score, dataset, special)
     _print_summary(display, folder, dataset)
     return 0
 
@@ -202,14 +202,15 @@ def _pieces(stream: TokenStream, options: PretrainOptions, dataset: Dataset, spe
     return PackedPieces(stream, batches.max_length, options.seed, batches.order, -1 if full_stop is None else full_stop)
 
 
-def _finish(setup: Setup, state: State, heldout_loss: float, dataset: Dataset, special: SpecialIds) -> None:
+def _finish(setup: Setup, state: State, score: Score, dataset: Dataset, special: SpecialIds) -> None:
     model, folder = setup.step.model.eval(), setup.folder
     save_model(folder / "final", model, dataset.folder / "tokenizer.json")
     plot_loss(folder, setup.unigram_entropy)
     examples = fill_examples(model, dataset.tokenizer, special, dataset.split("heldout"))
     seconds = state.spent.seconds
     summary = {
-        "heldout_loss": heldout_loss,
+        "heldout_loss": score.loss,
+        "heldout_accuracy": score.accuracy,
         "unigram_entropy": setup.unigram_entropy,
         "steps": state.step,
         "skipped_steps": state.skipped,
@@ -240,6 +241,7 @@ def _print_summary(display: Display, folder: Path, dataset: Dataset) -> None:
     energy = f", {summary['joules'] / 1000:,.1f} kJ" if summary["joules"] else ""
     display.say(
         f"\nheld-out loss     {summary['heldout_loss']:.4f} nats  (15 % hidden)\n"
+        f"held-out accuracy {summary['heldout_accuracy']:.1%}  (of the hidden tokens, by first guess)\n"
         f"unigram entropy   {summary['unigram_entropy']:.4f} nats  (of the training text)\n"
         f"trained           {summary['steps']:,} updates, {summary['tokens']:,} tokens in "
         f"{duration(summary['seconds'])}{energy}\n"

@@ -162,6 +162,9 @@ class SparseMLMHead(nn.Module):
     """The prediction head, run on predicted rows only: an optional dense + GELU + norm, then the decoder.
 
     The decoder's weight (V, C) is passed in, because it is the embedding's.
+
+    memory: as `mlm_loss` takes it. "fast" has some 288 MiB beside the loss and its gradients; "low" has 104 MiB in the
+    forward pass, when the weight has no gradient yet, 32 MiB in the backward pass, and takes half as much time again.
     """
 
     def __init__(
@@ -174,8 +177,10 @@ class SparseMLMHead(nn.Module):
         norm_bias: bool,
         decoder_bias: bool,
         eps: float,
+        memory: str = "fast",
     ):
         super().__init__()
+        self.memory = memory
         self.transform = (
             nn.Sequential(
                 FusedLinear(hidden_size, hidden_size, linear_bias),
@@ -195,7 +200,7 @@ class SparseMLMHead(nn.Module):
         positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Mean loss of predicting labels (M,) from rows `positions` (M,) of hidden (T, C); None: from all rows."""
-        return mlm_loss(*self._predictions(hidden, weight, labels, positions))
+        return mlm_loss(*self._predictions(hidden, weight, labels, positions), memory=self.memory)
 
     @torch.no_grad()
     def score(

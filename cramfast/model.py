@@ -137,14 +137,21 @@ class Bert(nn.Module):
     """A BERT-class encoder with a tied masked-language-modelling head.
 
     sparse_last_layer: whether the loss has the last layer compute the predicted tokens alone. What the others would
-    come to reaches no loss, so only the rounding of sums differs.
+    come to reaches no loss, so only the rounding of sums differs. memory: "fast", or "low" for a loss that takes
+    less memory and more time; `SparseMLMHead` says how much.
 
     activations: what the layers save for the backward pass, where weights have a `main_grad`: all that it reads
     ("keep"); not the outputs of norms and activation functions, which it writes once more ("lean"); or nothing but
     their input, so that it repeats them ("layers").
     """
 
-    def __init__(self, config: ModelConfig, sparse_last_layer: bool = True, activations: Activations = "keep"):
+    def __init__(
+        self,
+        config: ModelConfig,
+        sparse_last_layer: bool = True,
+        memory: str = "fast",
+        activations: Activations = "keep",
+    ):
         super().__init__()
         self.config = config
         self.sparse_last_layer = sparse_last_layer
@@ -161,6 +168,7 @@ class Bert(nn.Module):
             norm_bias=config.norm_bias,
             decoder_bias=config.decoder_bias,
             eps=config.norm_eps,
+            memory=memory,
         )
         cos = sin = None
         if config.positions == "rotary":

@@ -340,6 +340,19 @@ def test_a_heads_scores_are_what_its_loss_is_the_mean_of(dtype, transform):
     assert correct.shape == losses.shape and not correct[labels == -100].any()
 
 
+@pytest.mark.parametrize("memory", MEMORY)
+def test_a_head_takes_the_memory_it_is_given(memory, monkeypatch):
+    inputs = problem(20, 97, torch.float32)[:4]
+    expected = evaluate(mlm_loss, inputs, [torch.tensor(1.0, device=DEVICE)], memory=memory)
+    computed_again, weight_gradient = [], FILE._weight_gradient
+    monkeypatch.setattr(FILE, "_weight_gradient", lambda *given: computed_again.append(1) or weight_gradient(*given))
+    options = {"linear_bias": False, "norm_bias": False, "decoder_bias": False, "eps": 1e-5}
+    head = SparseMLMHead(96, 97, transform=False, memory=memory, **options)
+    ours = evaluate(head, inputs, [torch.tensor(1.0, device=DEVICE)])
+    assert len(computed_again) == (memory == "low")
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
 H, W, Y = (
     torch.ones(4, 8, device=DEVICE),
     torch.ones(9, 8, device=DEVICE),

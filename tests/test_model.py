@@ -371,6 +371,15 @@ def test_the_last_layer_on_predicted_tokens_alone_changes_nothing(name):
 
 
 @pytest.mark.parametrize("name", PRESETS)
+def test_the_loss_takes_the_memory_that_the_model_is_given(name):
+    ids, *sequences = batch()
+    positions = torch.arange(0, len(ids), 3)
+    assert [Bert(tiny(name), **given).head.memory for given in ({}, {"memory": "low"})] == ["fast", "low"]
+    with pytest.raises(ValueError, match="mlm_loss: memory is 'none', expected one of 'fast', 'low'"):
+        Bert(tiny(name), memory="none")(ids, *sequences, positions, ids[positions])
+
+
+@pytest.mark.parametrize("name", PRESETS)
 def test_a_sequence_does_not_see_its_neighbours(name):
     model = random_bert(tiny(name)).double()
     ids, cu_seqlens, max_seqlen = batch((40, 1, 0, 63, 17))

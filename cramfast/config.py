@@ -155,6 +155,8 @@ class BatchOptions:
     """Sequences per forward and backward pass. None: what suits the device; halved when memory runs out."""
     mask_rate: float | None = None
     """Share of the tokens predicted. None: the recipe's."""
+    whole_words: bool = False
+    """Hide all pieces of a word together (WordPiece). The held-out loss hides single pieces in any case."""
 
 
 @dataclass(frozen=True)

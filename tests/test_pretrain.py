@@ -19,9 +19,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 import cramfast
 from cramfast import pretrain
+from cramfast.evaluate import mlm as mlm_module
 from cramfast.train import step as step_module
 from cramfast.train.checkpoint import latest_checkpoint
 from cramfast.train.step import TrainStep
@@ -322,6 +324,42 @@ def test_exactly_the_rate_of_the_tokens_is_masked(corpus, tmp_path, run_here, mo
     assert run_here(*flags(corpus, tmp_path / "run", steps=5, mask_rate=0.3)).code == 0
     tokens = BATCH // 2 * LENGTH
     assert masked == [(microbatch, tokens, round(0.3 * tokens), 0) for microbatch in range(10)]
+
+
+def test_whole_words_are_hidden_on_request_in_training_alone(corpus, tmp_path, run_here, monkeypatch):
+    tables = {step_module: [], mlm_module: []}
+    for module, found in tables.items():
+
+        def spy(*inputs, original=module.mask_tokens, found=found, **settings):
+            found.append(settings.get("continues"))
+            return original(*inputs, **settings)
+
+        monkeypatch.setattr(module, "mask_tokens", spy)
+    out = tmp_path / "run"
+    outcome = run_here(*flags(corpus, out, steps=5), "--whole-words")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert read_json(out / "config.json")["settings"]["batches"]["whole_words"] is True
+    tokenizer = Tokenizer.from_file(str(out / "final" / "tokenizer.json"))
+    pieces = map(tokenizer.id_to_token, range(tokenizer.get_vocab_size()))
+    expected = torch.tensor([piece.startswith("##") for piece in pieces])
+    assert expected.any() and len(tables[step_module]) == 5 * BATCH // SETTINGS["microbatch_size"]
+    assert all(torch.equal(table, expected) for table in tables[step_module])
+    assert tables[mlm_module] == [None]
+
+
+def test_whole_words_need_pieces_that_continue_one(corpus, tmp_path, run_here):
+    tokenizer, special = Tokenizer(models.BPE(unk_token="[UNK]")), ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator([corpus.read_text()], trainer)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    given = flags(corpus, tmp_path / "run", steps=2, tokenizer=tmp_path / "tokenizer.json")
+    outcome = run_here(*given, "--whole-words")
+    assert outcome.code == 2
+    assert len(outcome.err.splitlines()) == 1
+    assert "--whole-words: needs a WordPiece tokenizer" in outcome.err
+    assert not (tmp_path / "run").exists()
+    assert run_here(*given).code == 0
 
 
 @pytest.mark.parametrize(
@@ -823,7 +861,7 @@ def test_help_comes_in_two_seconds(cache):
         seconds.append(time.monotonic() - began)
         assert done.returncode == 0
     assert min(seconds) < 2
-    for flag in ("--preset", "--data", "--budget", "--recipe", "--out", "--batch-size", "--mask-rate"):
+    for flag in ("--preset", "--data", "--budget", "--recipe", "--out", "--batch-size", "--mask-rate", "--whole-words"):
         assert flag in done.stdout
 
 

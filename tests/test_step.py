@@ -21,10 +21,10 @@ NO_CLIP = 1e9
 RATE = 0.25
 
 
-def make_step(clip: float = NO_CLIP, dtype=torch.float32, seed: int = 0) -> TrainStep:
+def make_step(clip: float = NO_CLIP, dtype=torch.float32, seed: int = 0, **settings) -> TrainStep:
     torch.manual_seed(0)
     model = Bert(CONFIG).train()
-    return TrainStep(model, adamw(model, OPTIONS), SPECIAL, clip, dtype, seed)
+    return TrainStep(model, adamw(model, OPTIONS), SPECIAL, clip, dtype, seed, **settings)
 
 
 def make_batch(number: int, lengths=(7, 1, 16, 8)) -> Batch:
@@ -356,6 +356,25 @@ def test_seed_and_microbatch_decide_the_masks(masked):
     assert torch.equal(first["ids"], again["ids"])
     assert torch.equal(first["positions"], again["positions"])
     assert not any(torch.equal(first["positions"], other["positions"]) for other in others)
+
+
+def test_whole_words_are_masked_where_it_is_known_what_continues_one(masked):
+    continues = torch.arange(CONFIG.vocab_size) % 2 == 1
+    step = make_step(continues=continues)
+    lengths = (200, 100, 300)
+    batch = make_batch(0, lengths)
+    step.accumulate(batch, RATE, 0, 1.0)
+    (call,) = masked
+    chosen = torch.zeros(sum(lengths), dtype=torch.bool)
+    chosen[call["positions"]] = True
+    assert chosen.sum() == call["count"] == round(RATE * sum(lengths))
+    opens = ~continues[batch.input_ids]
+    opens[batch.cu_seqlens[:-1].long()] = True
+    words = chosen.split(torch.where(torch.cat((opens, torch.tensor([True]))))[0].diff().tolist())
+    cut = [word for word in words if word.any() and not word.all()]
+    # The share of a sequence may end amid a word.
+    assert len(cut) <= len(lengths)
+    assert len([word for word in words if word.all() and len(word) > 1]) > 20
 
 
 def test_no_gradient_is_left_after_an_update():

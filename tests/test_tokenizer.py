@@ -1,9 +1,17 @@
 import random
+from itertools import pairwise
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from cramfast.data.tokenizer import SPECIAL_TOKENS, SpecialIds, open_tokenizer, special_ids, train_tokenizer
+from cramfast.data.tokenizer import (
+    SPECIAL_TOKENS,
+    SpecialIds,
+    continuing_ids,
+    open_tokenizer,
+    special_ids,
+    train_tokenizer,
+)
 from cramfast.errors import UserError
 
 ASCII = "abcdefghijklmnop"
@@ -200,6 +208,20 @@ def test_special_tokens_at_the_end(tmp_path):
 def test_bert_names_win_over_roberta_names():
     tokenizer = byte_pairs(["<pad>", "<s>", "</s>", "<mask>", *SPECIAL_TOKENS])
     assert special_ids(tokenizer) == SpecialIds(pad=4, cls=6, sep=7, mask=8, ordinary=(9, 100))
+
+
+def test_pieces_that_continue_a_word_are_known(tokenizer):
+    continues = continuing_ids(tokenizer)
+    assert len(continues) == tokenizer.get_vocab_size()
+    assert not any(continues[:5])  # the special tokens
+    encoded = tokenizer.encode("a quick fox, quicker#", add_special_tokens=False)
+    assert any(token.startswith("##") for token in encoded.tokens)
+    first = [True, *(a != b for a, b in pairwise(encoded.word_ids))]
+    assert [continues[token] for token in encoded.ids] == [not opens for opens in first]
+
+
+def test_byte_pairs_continue_no_word_by_name():
+    assert not any(continuing_ids(byte_pairs(list(SPECIAL_TOKENS))))
 
 
 def test_saved_truncation_and_padding_are_dropped(tokenizer, tmp_path):

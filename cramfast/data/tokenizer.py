@@ -10,6 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from ..errors import UserError
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_CONTINUING = "##"
 _OTHER_NAMES = {"[PAD]": "<pad>", "[UNK]": "<unk>", "[CLS]": "<s>", "[SEP]": "</s>", "[MASK]": "<mask>"}
 _ALPHABET_LIMIT = 1000
 
@@ -43,7 +44,7 @@ def train_tokenizer(
     # The trainer numbers continuation letters in the order of a hash table that differs from run to run, and breaks
     # ties by number. Given as special tokens they have fixed numbers; below they become ordinary entries again. As
     # the initial alphabet they leave no room for other letters, such as control characters.
-    fixed = [*SPECIAL_TOKENS, *alphabet, *(f"##{letter}" for letter in alphabet)]
+    fixed = [*SPECIAL_TOKENS, *alphabet, *(f"{_CONTINUING}{letter}" for letter in alphabet)]
     draft = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     draft.normalizer = normalizer
     draft.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -121,3 +122,9 @@ def special_ids(tokenizer: Tokenizer, name: str = "tokenizer") -> SpecialIds:
     first = max((i + 1 for i in ids.values() if i < size // 2), default=0)
     end = min((i for i in ids.values() if i >= size // 2), default=size)
     return SpecialIds(ids["[PAD]"], ids["[CLS]"], ids["[SEP]"], ids["[MASK]"], (first, end))
+
+
+def continuing_ids(tokenizer: Tokenizer) -> list[bool]:
+    """For every id of the vocabulary, whether it continues a word, as WordPiece's `##ing` does."""
+    tokens = (tokenizer.id_to_token(token) for token in range(tokenizer.get_vocab_size()))
+    return [token is not None and token.startswith(_CONTINUING) for token in tokens]

@@ -12,7 +12,7 @@ from ..config import PRESETS, RECIPES, ModelConfig, PretrainOptions, resolve
 from ..data.batches import DocumentPieces, PackedPieces, PieceSource
 from ..data.prepare import default_cache, prepare
 from ..data.shards import Dataset, TokenStream
-from ..data.tokenizer import SpecialIds, special_ids
+from ..data.tokenizer import SpecialIds, continuing_ids, special_ids
 from ..device import environment, has_gpu, matmul_rate, pick_device, pick_dtype
 from ..errors import TrainingFailed, UserError
 from ..evaluate.mlm import Example, HeldOut, Score, fill_examples
@@ -166,7 +166,9 @@ def _set_up(
     """Model, optimizer, batches, and a batch size where none was given."""
     torch.manual_seed(options.seed)
     model = Bert(config).to(device).train()
-    step = TrainStep(model, options.optimizer, special, dtype, options.seed, options.graphs)
+    continues = _continues(dataset, device) if options.batches.whole_words else None
+    settings = {"continues": continues, "graphs": options.graphs}
+    step = TrainStep(model, options.optimizer, special, dtype, options.seed, **settings)
     stream, heldout = dataset.split("train"), dataset.split("heldout")
     pieces = _pieces(stream, options, dataset, special)
     plan = decided or plan_batch(options, step, stream, pieces, display.say)
@@ -192,6 +194,14 @@ def _set_up(
         peak_flops=matmul_rate(device, dtype),
         unigram_entropy=dataset.manifest["unigram_entropy"],
     )
+
+
+def _continues(dataset: Dataset, device: torch.device) -> torch.Tensor:
+    """bool (V,), True for ids that continue a word."""
+    continues = continuing_ids(dataset.tokenizer)
+    if not any(continues):
+        raise UserError("--whole-words: needs a WordPiece tokenizer; no piece of this one begins with ##")
+    return torch.tensor(continues, device=device)
 
 
 def _pieces(stream: TokenStream, options: PretrainOptions, dataset: Dataset, special: SpecialIds) -> PieceSource:

@@ -68,7 +68,8 @@ class TrainStep:
     """Accumulates gradients and updates the weights.
 
     dtype: that of the matrix products, by autocast; float16 brings loss scaling with it. A step whose loss or
-    gradients are not finite changes nothing but the loss scale. graphs: whether a GPU runs it as CUDA graphs.
+    gradients are not finite changes nothing but the loss scale. continues: bool (V,) on the model's device, True for
+    ids that continue a word; with it words are masked whole. graphs: whether a GPU runs it as CUDA graphs.
     """
 
     def __init__(
@@ -78,9 +79,12 @@ class TrainStep:
         special: SpecialIds,
         dtype: torch.dtype,
         seed: int,
+        *,
+        continues: torch.Tensor | None = None,
         graphs: bool = True,
     ):
         self.model, self.options, self.special, self.seed = model, options, special, seed
+        self.continues = continues
         self.device = next(model.parameters()).device
         self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
         self.weights = Weights(model, dtype)
@@ -126,6 +130,7 @@ class TrainStep:
             ordinary=self.special.ordinary,
             seed=self.seed,
             step=self._microbatch,
+            continues=self.continues,
         )
         arguments = (input_ids, batch.cu_seqlens, max_seqlen, positions, labels)
         self.weights.start_gradient(anew=first)

@@ -67,7 +67,8 @@ class Case:
     dimension is tokens; the others are parameters. Where a row's result depends on other rows, `parts(inputs)` cuts the
     inputs into (rows, inputs of these rows) that do not depend on each other. `bytes` and `flops` by direction come
     from the definition: tensors of a token dimension are read or written once each; parameters and statistics are small
-    and left out. `scratch_bytes`: what a peer or the reference holds on top of that.
+    and left out. `scratch_bytes`: what a peer or the reference holds on top of that. `exact`: all results are integers,
+    and have to be the reference's; where chance has a part in them, those of `eager` need not.
     """
 
     operator: str
@@ -83,6 +84,7 @@ class Case:
     flops: dict[str, int] = field(default_factory=dict)
     handed_over: str | None = None
     scratch_bytes: int = 0
+    exact: bool = False
 
     def work(self, direction: str) -> str:
         return f"{self.operator}/{direction}/{self.name}"

@@ -1,6 +1,7 @@
 """The masked-language-modelling loss on predicted rows: decoder product and cross-entropy, M rows × C × V entries."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -10,14 +11,17 @@ import torch.nn.functional as F
 from cramfast import kernels
 
 from .cases import BOTH, DIRECTIONS, FORWARD, Case, Inputs, Sizes
-from .peers import CRAMFAST, STANDARD, Peer
+from .peers import CRAMFAST, EAGER, STANDARD, Peer
 
 # One token in four is predicted.
 _PREDICTED = 4
+_IGNORED = -100
 # As the weights of a model start: the logits spread by about 0.5.
 _WEIGHT_STD = 0.02
 # How many tensors of logits in fp64 the reference holds at once.
 _LOGITS_OF_THE_REFERENCE = 5
+# Plain PyTorch holds logits and their gradient in 16 bits, and logits, log-softmax and their gradient in fp32.
+_BYTES_OF_A_LOGIT = 2 * 2 + 3 * 4
 # Vocabularies of BERT and ModernBERT beside this project's own: neither is a multiple of a tile.
 _VOCABULARIES = (32_768, 30_522, 50_368)
 
@@ -27,7 +31,7 @@ def mlm_loss_case(sizes: Sizes, vocabulary: int | None = None, memory: str = "fa
 
     The loss comes with one dimension, as results with rows do.
     """
-    m, c, v = max(1, sizes.tokens // _PREDICTED), sizes.hidden, vocabulary or sizes.vocabulary
+    m, c, v = _count(sizes), sizes.hidden, vocabulary or sizes.vocabulary
     product = 2 * m * c * v
     return Case(
         "mlm_loss",
@@ -42,6 +46,52 @@ def mlm_loss_case(sizes: Sizes, vocabulary: int | None = None, memory: str = "fa
         flops={FORWARD: product, BOTH: 3 * product},
         scratch_bytes=_LOGITS_OF_THE_REFERENCE * 8 * m * v,
     )
+
+
+def sparse_case(sizes: Sizes) -> Case:
+    """hidden (T, C), positions (M,) of what is predicted, weight (V, C) → the mean loss. The work is that of M rows."""
+    case = mlm_loss_case(sizes)
+
+    def make(seed: int) -> Inputs:
+        inputs, positions = _make(sizes, sizes.tokens, sizes.hidden, sizes.vocabulary, seed), _predicted(sizes, seed)
+        tensors = {"labels": inputs.tensors["labels"][positions], "positions": positions}
+        return replace(inputs, tensors=inputs.tensors | tensors)
+
+    return replace(case, name=f"{case.name}-sparse", make=make)
+
+
+def dense_case(sizes: Sizes) -> Case:
+    """The loss of `sparse_case` by a head that runs on all tokens T, labels of those that are not predicted ignored."""
+    t, c, v = sizes.tokens, sizes.hidden, sizes.vocabulary
+    product = 2 * t * c * v
+
+    def make(seed: int) -> Inputs:
+        inputs, positions = _make(sizes, t, c, v, seed), _predicted(sizes, seed)
+        labels = inputs.tensors["labels"]
+        ignoring = torch.full_like(labels, _IGNORED).index_copy(0, positions, labels[positions])
+        return replace(inputs, tensors=inputs.tensors | {"labels": ignoring})
+
+    return Case(
+        "mlm_loss",
+        f"{t}x{c}x{v}-dense",
+        sizes.dtype,
+        make,
+        eager=_eager,
+        flops={FORWARD: product, BOTH: 3 * product},
+        # What the graph holds, and once more what a call outside of it takes.
+        scratch_bytes=2 * _BYTES_OF_A_LOGIT * t * v,
+    )
+
+
+def _predicted(sizes: Sizes, seed: int) -> torch.Tensor:
+    """Those of the T tokens that are predicted, rising."""
+    generator = torch.Generator(sizes.device).manual_seed(seed)
+    order = torch.randperm(sizes.tokens, generator=generator, device=sizes.device)
+    return order[: _count(sizes)].sort().values
+
+
+def _count(sizes: Sizes) -> int:
+    return max(1, sizes.tokens // _PREDICTED)
 
 
 def _make(sizes: Sizes, m: int, c: int, v: int, seed: int) -> Inputs:
@@ -61,11 +111,13 @@ def _whole(inputs: Inputs) -> Iterator[tuple[slice, Inputs]]:
 
 
 def _with_a_dimension(loss: Callable) -> Callable:
-    return lambda hidden, weight, labels: loss(hidden, weight, labels).reshape(1)
+    # The inputs have the order of the arguments, which everybody names otherwise.
+    return lambda **inputs: loss(*inputs.values()).reshape(1)
 
 
-def _eager(hidden, weight, labels):
-    return F.cross_entropy(F.linear(hidden, weight).float(), labels).reshape(1)
+def _eager(hidden, weight, labels, positions=None):
+    rows = hidden if positions is None else hidden.index_select(0, positions)
+    return F.cross_entropy(F.linear(rows, weight).float(), labels, ignore_index=_IGNORED).reshape(1)
 
 
 def _liger(case: Case) -> Callable:
@@ -97,3 +149,13 @@ def test_mlm_loss(measured, vocabulary, peer, direction):
 @pytest.mark.parametrize("vocabulary", _VOCABULARIES)
 def test_mlm_loss_in_little_memory(measured, vocabulary):
     measured(partial(mlm_loss_case, vocabulary=vocabulary, memory="low"), BOTH, CRAMFAST)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("peer", STANDARD, ids=lambda peer: peer.who)
+def test_mlm_loss_of_rows_among_others(measured, peer, direction):
+    measured(sparse_case, direction, peer)
+
+
+def test_mlm_loss_of_all_tokens(measured):
+    measured(dense_case, BOTH, EAGER)

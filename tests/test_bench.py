@@ -12,7 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import bars, ledger, report, tables, test_embedding, test_gelu, test_layer_norm, test_mlm_loss
+from bench import (
+    bars,
+    ledger,
+    report,
+    tables,
+    test_embedding,
+    test_gelu,
+    test_layer_norm,
+    test_mask_tokens,
+    test_mlm_loss,
+)
 from bench.cases import BOTH, DIRECTIONS, FORWARD, Sizes, fit
 from bench.check import Call, WrongResult, guard, relative_errors
 from bench.measure import input_sets, iterations_per_round, measure
@@ -26,6 +36,7 @@ FACTORIES = {
     "gelu": test_gelu.gelu_case,
     "geglu": test_gelu.geglu_case,
     "mlm_loss": test_mlm_loss.mlm_loss_case,
+    "mlm_loss-sparse": test_mlm_loss.sparse_case,
     "embed-uniform": test_embedding.uniform_case,
     "embed-text": test_embedding.text_case,
 }
@@ -83,6 +94,29 @@ def test_works_are_named_after_operator_direction_and_size():
     assert test_layer_norm.layer_norm_case(sizes).work(BOTH) == "layer_norm/fwd+bwd/65536x768"
     assert test_gelu.geglu_case(sizes, "tanh").work(BOTH) == "geglu/fwd+bwd/65536x3072-tanh"
     assert test_embedding.text_case(sizes).work(FORWARD) == "embed/fwd/65536x768x32768-text"
+
+
+def test_predicted_rows_among_others_have_the_loss_of_a_head_on_all_tokens():
+    sizes = replace(SIZES, dtype=torch.float64)
+    sparse, dense = test_mlm_loss.sparse_case(sizes), test_mlm_loss.dense_case(sizes)
+    losses = [case.eager(**case.make(0).tensors) for case in (sparse, dense)]
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)  # which eager PyTorch computes in fp32
+    labels = dense.make(0).tensors["labels"]
+    assert len(labels) == sizes.tokens and (labels != -100).sum() == sizes.tokens // 4
+    assert [case.name for case in (sparse, dense)] == ["75x64x128-sparse", "300x64x128-dense"]
+    assert all(dense.flops[direction] == 4 * sparse.flops[direction] for direction in DIRECTIONS)
+
+
+@pytest.mark.parametrize(("free_gib", "tokens"), [(139, 65_536), (79, 32_768)])
+def test_a_head_on_all_tokens_shrinks_where_its_logits_do_not_fit(free_gib, tokens):
+    _, sizes = fit(test_mlm_loss.dense_case, Sizes(torch.device("cpu"), torch.bfloat16), free_gib * 2**30)
+    assert sizes.tokens == tokens
+
+
+@pytest.mark.parametrize("factory", [test_mlm_loss.sparse_case, test_mlm_loss.dense_case])
+def test_no_bar_speaks_of_cases_that_are_there_for_comparison(factory):
+    work = factory(SIZES).work(BOTH)
+    assert not any(bar.applies(ledger.Record(work, "cramfast", "bfloat16", 1.0)) for bar in bars.BARS)
 
 
 def test_tokens_shrink_until_the_case_fits_into_memory():
@@ -269,6 +303,50 @@ def test_poison_shows_what_a_replay_leaves_unwritten_and_spares_the_inputs():
     call.poison()
     assert call.outputs[0].isfinite().all()  # it is an input
     assert call.outputs[1].isnan().all()
+
+
+def test_masking_is_right_in_every_token_or_not_at_all(reference):
+    case = test_mask_tokens.mask_tokens_case(SIZES)
+    assert checked(case, CRAMFAST, FORWARD) == 0
+    assert checked(case, EAGER, FORWARD) == 1
+    for place in range(3):
+
+        def wrong(place=place, **tensors):
+            results = [result.clone() for result in case.ours(**tensors)]
+            results[place][7] += 1
+            return tuple(results)
+
+        sloppy = Peer("sloppy", lambda case, wrong=wrong: wrong)
+        with pytest.raises(
+            WrongResult, match=f"sloppy on mask_tokens/fwd/18x16: output {place} is not that of the def"
+        ):
+            checked(case, sloppy, FORWARD)
+
+
+def test_masking_reads_and_writes_every_id_once():
+    case = test_mask_tokens.mask_tokens_case(Sizes(torch.device("cpu"), torch.bfloat16))
+    assert case.work(FORWARD) == "mask_tokens/fwd/512x128"
+    assert case.bytes == {FORWARD: 2 * (65_536 + 16_384) * 8}
+
+
+def test_plain_masking_hides_a_quarter_of_every_sequence():
+    case = test_mask_tokens.mask_tokens_case(replace(SIZES, positions=100, vocabulary=30_000))
+    ids = case.make(0).tensors["input_ids"]
+    torch.manual_seed(0)
+    hidden, positions, labels = case.eager(**case.make(0).tensors)
+    assert torch.equal(ids[positions], labels)
+    assert (positions // 100).bincount().tolist() == [25] * 3 and len(positions.unique()) == 75
+    assert (hidden == 4).sum() == 3 * 20
+    assert set(torch.where(hidden != ids)[0].tolist()) <= set(positions.tolist())
+    assert (hidden != ids).sum() in (65, 66)  # 3 × 2 are replaced, possibly by what stood there
+
+
+def test_poison_fills_integers_with_what_no_result_is():
+    case = test_mask_tokens.mask_tokens_case(SIZES)
+    call = Call(case.eager, case.make(0), FORWARD)
+    call()
+    call.poison()
+    assert all((output < -(2**60)).all() for output in call.outputs)
 
 
 def test_ligers_gradients_come_back_as_those_of_the_packed_input():

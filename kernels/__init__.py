@@ -21,6 +21,7 @@ if __name__ == "cramfast.kernels":
     from .long_attention import choose_long
     from .mask_tokens import mask_tokens, mask_tokens_reference
     from .mlm_loss import mlm_loss, mlm_loss_reference, mlm_scores, mlm_scores_reference
+    from .orthogonalise import orthogonalise, orthogonalise_reference
     from .padding import pad, unpad
     from .selftest import Finding, selftest
     from .sequences import group_sequences, sequence_positions
@@ -56,6 +57,8 @@ if __name__ == "cramfast.kernels":
         "mlm_loss_reference",
         "mlm_scores",
         "mlm_scores_reference",
+        "orthogonalise",
+        "orthogonalise_reference",
         "pad",
         "selftest",
         "sequence_positions",

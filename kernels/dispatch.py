@@ -24,6 +24,7 @@ OPERATORS = (
     "mask_tokens",
     "mlm_loss",
     "adamw",
+    "orthogonalise",
 )
 MODES = ("auto", "triton", "reference")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

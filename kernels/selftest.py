@@ -19,6 +19,7 @@ from .gelu import geglu, geglu_reference, gelu, gelu_reference
 from .layer_norm import add_layer_norm, add_layer_norm_reference, layer_norm, layer_norm_reference
 from .mask_tokens import mask_tokens, mask_tokens_reference
 from .mlm_loss import mlm_loss, mlm_loss_reference
+from .orthogonalise import arithmetic, orthogonalise, orthogonalise_reference
 
 # Neither tokens nor width are a multiple of a tile, so that the masks are in the test. The interpreter is slow.
 _TOKENS = {"cuda": 1000, "cpu": 100}
@@ -27,6 +28,7 @@ _VOCABULARY, _POSITIONS = 300, 50
 # What the interpreter lacks for these operators in bfloat16. The loss rounds three times on the way to a gradient.
 _INTERPRETED_WRONG = {
     "varlen_attention": "has no bfloat16 products",
+    "orthogonalise": "has no bfloat16 products",
     "mlm_loss": "cuts bfloat16 off, not to the nearest",
 }
 
@@ -87,10 +89,13 @@ def _worst_error(kernel, reference, make: Callable, device: torch.device, dtype:
 
 
 def _results(function: Callable, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """Outputs, and gradients of all floating inputs for output gradients that are the same in every dtype."""
+    """Outputs, and gradients of all floating inputs, where there are any, for output gradients that are the same in
+    every dtype."""
     inputs = {name: tensor.detach().requires_grad_(tensor.is_floating_point()) for name, tensor in inputs.items()}
     outputs = function(**inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    if not outputs[0].requires_grad:
+        return [*outputs]
     given = [_weights(output) for output in outputs]
     return [*outputs, *torch.autograd.grad(outputs, [t for t in inputs.values() if t.requires_grad], given)]
 
@@ -209,6 +214,26 @@ def _lose(function: Callable, memory: tuple[str, ...] = ()) -> Callable:
     return run
 
 
+def _matrix_inputs(draw, tokens):
+    # Tall, wide and square.
+    return {"tall": draw(2, 300, 200), "wide": draw(2, 90, tokens), "square": draw(1, 150, 150)}
+
+
+def _orthogonalise_reference(update):
+    # Float32 is computed in 16 bits.
+    wide = update.dtype == torch.float64
+    return orthogonalise_reference(update.detach(), dtype=None if wide else arithmetic(update))
+
+
+def _each(function: Callable) -> Callable:
+    """`function` of every input on its own."""
+
+    def run(**inputs):
+        return tuple(map(function, inputs.values()))
+
+    return run
+
+
 _CASES = {
     "embed": (embed, embed_reference, _embed_inputs),
     "layer_norm": (layer_norm, layer_norm_reference, _norm_inputs),
@@ -217,4 +242,5 @@ _CASES = {
     "geglu": (geglu, geglu_reference, _activation_inputs),
     "varlen_attention": (_attend(varlen_attention), _attend(varlen_attention_reference), _attention_inputs),
     "mlm_loss": (_lose(mlm_loss, ("fast", "low")), _lose(mlm_loss_reference), _loss_inputs),
+    "orthogonalise": (_each(orthogonalise), _each(_orthogonalise_reference), _matrix_inputs),
 }

@@ -17,6 +17,7 @@ from cramfast.kernels import (
     layer_norm,
     mask_tokens,
     mlm_loss,
+    orthogonalise,
     sequence_positions,
     varlen_attention,
 )
@@ -412,6 +413,7 @@ CALLS = {
     "varlen_attention": lambda: varlen_attention(floats(6, 3, 1, 8), boundaries((2, 4)), 4),
     "mask_tokens": lambda: mask_tokens(IDS, boundaries((2, 4)), 2, mask_id=0, ordinary=(1, 6), seed=0),
     "mlm_loss": lambda: mlm_loss(floats(6, 8), floats(9, 8), IDS),
+    "orthogonalise": lambda: orthogonalise(floats(2, 6, 8)),
 }
 
 

@@ -1,15 +1,20 @@
 """The orthogonalisation of Muon: matrices with the singular vectors of an update and all singular values near 1.
 
     X = update / (|update| + eps), the norm being Frobenius's; then `steps` times
-    A = X Xᵀ,   F = c A Aᵀ + b A + a I,   X = F X,   with a, b, c = 3.4445, −4.7750, 2.0315
+    A = X Xᵀ,   X = a X + (b A + c A²) X,   with a, b, c = 3.4445, −4.7750, 2.0315
 
 takes each singular value s to a s + b s³ + c s⁵: a Newton-Schulz iteration whose coefficients lift small values fast
-and leave all between about 0.7 and 1.2 rather than at 1. A tall X goes by A = Xᵀ X and X = X F, with A of the smaller
-side, so nothing is ever transposed.
+and leave all between about 0.7 and 1.2 rather than at 1. The same with the square completed is
 
-A and F are symmetric. One kernel computes either: it works out the tiles on and below the diagonal and stores each
-twice, the second time mirrored, which saves nearly half of these two products. The third is cuBLAS's. a X is a part of
-it, as F's diagonal, since a product that adds to X would copy X first. Sums are fp32; X, A and F are 16-bit.
+    G = X Xᵀ + b / 2c I,   F = c G Gᵀ + (a − b² / 4c) I,   X = F X
+
+where nothing is added but diagonals: a product that adds to X would copy X first. The first two are symmetric. One
+kernel computes either: it works out the tiles on and below the diagonal and stores each twice, the second time
+mirrored, which saves nearly half of these products. The third is cuBLAS's. Sums are fp32; X, G and F are 16-bit, which
+costs up to a third more error than the first form has in 16 bits, some 1 % in bfloat16.
+
+Of a tall X the smaller side counts as well: G is of Xᵀ X and X = X F, or on cards where this sum down the columns is
+slow, X is transposed as it is divided by the norm.
 
 X lies in rows of whole 16 elements, the rest of them zeros, and so are its last rows: that changes none of the values
 above, and whatever the size of the update, all loads are of 16 bytes.
@@ -26,7 +31,7 @@ import torch
 from .arguments import expect_device, expect_floating, expect_int
 from .dispatch import DTYPES, pick, register
 from .language import tl, triton
-from .launch import Launch, capability_of, catalogue, ceil_div, dtype_of
+from .launch import Launch, capability_of, catalogue, ceil_div
 from .operator import define
 
 _NAME = "orthogonalise"
@@ -69,13 +74,11 @@ def arithmetic(update: torch.Tensor) -> torch.dtype:
 @triton.jit
 def _symmetric_kernel(
     p_ptr,  # (N, side, depth), or (N, depth, side) if DOWN
-    q_ptr,  # (N, side, side), symmetric, or None
-    s_ptr,  # (N, side, side): P Pᵀ, or Pᵀ P if DOWN; where there is a Q: square * P Pᵀ + linear * Q + unit * I
+    s_ptr,  # (N, side, side): scale * P Pᵀ + shift * I, with Pᵀ P if DOWN
     side,
     depth,
-    square,
-    linear,
-    unit,
+    scale,
+    shift,
     DOWN: tl.constexpr,
     TILE: tl.constexpr,
     STEP: tl.constexpr,
@@ -92,25 +95,25 @@ def _symmetric_kernel(
     s = tl.zeros([TILE, TILE], tl.float32)
     for start in tl.range(0, depth, STEP, num_stages=STAGES):
         along = start + tl.arange(0, STEP)
-        left = _load_rows(p_ptr, row, along, side, depth, DOWN)
-        right = _load_rows(p_ptr, column, along, side, depth, DOWN)
-        s = tl.dot(left, tl.trans(right), s)
+        if DOWN:
+            left = _load(p_ptr, along, row, depth, side)
+            s = tl.dot(tl.trans(left), _load(p_ptr, along, column, depth, side), s)
+        else:
+            left = _load(p_ptr, row, along, side, depth)
+            s = tl.dot(left, tl.trans(_load(p_ptr, column, along, side, depth)), s)
 
-    inside = (row < side)[:, None] & (column < side)[None, :]
-    place = row[:, None] * side + column[None, :]
-    if q_ptr is not None:
-        q = tl.load(q_ptr + matrix * side * side + place, mask=inside, other=0.0)
-        s = square * s + linear * q.to(tl.float32)
-        s += tl.where(row[:, None] == column[None, :], unit, 0.0)
-    s = s.to(s_ptr.dtype.element_ty)
-    mirrored = tl.trans(s)
+    dtype = s_ptr.dtype.element_ty
     if i == j:
+        # Places in the tile are constants of each thread; those in the matrix would take registers from the sum.
+        place = tl.arange(0, TILE)
+        diagonal = (scale * s + tl.where(place[:, None] == place[None, :], shift, 0.0)).to(dtype)
         # No product promises that both halves of this tile round alike.
-        s = tl.where(row[:, None] >= column[None, :], s, mirrored)
+        diagonal = tl.where(place[:, None] >= place[None, :], diagonal, tl.trans(diagonal))
+        _store(s_ptr, diagonal, row, column, side)
     else:
-        inside_mirrored = (column < side)[:, None] & (row < side)[None, :]
-        tl.store(s_ptr + column[:, None] * side + row[None, :], mirrored, mask=inside_mirrored)
-    tl.store(s_ptr + place, s, mask=inside)
+        below = (scale * s).to(dtype)
+        _store(s_ptr, below, row, column, side)
+        _store(s_ptr, tl.trans(below), column, row, side)
 
 
 @triton.jit
@@ -127,29 +130,36 @@ def _tile_of_triangle(index, tiles):
 
 
 @triton.jit
-def _load_rows(p_ptr, row, along, side, depth, DOWN: tl.constexpr):
-    """Elements `along` of rows `row` of P; of its columns if DOWN. 0 beyond the last."""
-    if DOWN:
-        mask = (along < depth)[:, None] & (row < side)[None, :]
-        return tl.trans(tl.load(p_ptr + along[:, None] * side + row[None, :], mask=mask, other=0.0))
-    else:
-        mask = (row < side)[:, None] & (along < depth)[None, :]
-        return tl.load(p_ptr + row[:, None] * depth + along[None, :], mask=mask, other=0.0)
+def _load(p_ptr, row, column, rows, columns):
+    """A tile of a matrix (rows, columns), with zeros beyond its last rows and columns."""
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    return tl.load(p_ptr + row[:, None] * columns + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _store(s_ptr, x, row, column, side):
+    mask = (row < side)[:, None] & (column < side)[None, :]
+    tl.store(s_ptr + row[:, None] * side + column[None, :], x, mask=mask)
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """A program's share of a symmetric product: `tile` rows and columns, `step` elements of the sum at a time."""
+    """A program's share of a symmetric product: `tile` rows and columns, `step` elements of the sum at a time. `down`:
+    whether to sum down the columns of tall matrices.
+
+    Two programs fit on a multiprocessor: 128 registers a thread, and half of its shared memory.
+    """
 
     tile: int
     step: int
     num_warps: int
     num_stages: int
+    down: bool
 
 
-_LARGE = Tiling(tile=128, step=64, num_warps=8, num_stages=3)
-# Two programs in the shared memory of a multiprocessor that has 99 KiB.
-_SMALL = Tiling(tile=128, step=32, num_warps=8, num_stages=3)
+_LARGE = Tiling(128, 64, 8, 3, down=True)
+# Where the instructions take operands from registers, one of those down the columns gets there past the pipeline.
+_SMALL = Tiling(128, 32, 8, 4, down=False)
 
 
 def tiling_for(capability: int) -> Tiling:
@@ -158,11 +168,11 @@ def tiling_for(capability: int) -> Tiling:
 
 
 @functools.lru_cache
-def symmetric_launch(dtype: torch.dtype, addend: torch.dtype | None, down: bool, tiling: Tiling) -> Launch:
-    """The kernel for P of `dtype`; addend: the dtype of Q, None without; down: for Pᵀ P."""
+def symmetric_launch(dtype: torch.dtype, down: bool, tiling: Tiling) -> Launch:
+    """The kernel for P of `dtype`; down: for Pᵀ P."""
     constants = {"DOWN": down, "TILE": tiling.tile, "STEP": tiling.step, "STAGES": tiling.num_stages}
-    scalars = (f"i32:{_MULTIPLE}",) * 2 + ("fp32",) * 3
-    return Launch(_symmetric_kernel, (dtype, addend, dtype), scalars, constants, tiling.num_warps)
+    scalars = (f"i32:{_MULTIPLE}", f"i32:{_MULTIPLE}", "fp32", "fp32")
+    return Launch(_symmetric_kernel, (dtype, dtype), scalars, constants, tiling.num_warps)
 
 
 @catalogue
@@ -170,34 +180,35 @@ def _launches(dtype, capability):
     if capability < 10 * _CAPABILITY[0]:
         return
     dtype, tiling = dtype if dtype.itemsize == 2 else torch.bfloat16, tiling_for(capability)
-    yield symmetric_launch(dtype, None, False, tiling)
-    yield symmetric_launch(dtype, None, True, tiling)
-    yield symmetric_launch(dtype, dtype, False, tiling)
+    for down in (False, True) if tiling.down else (False,):
+        yield symmetric_launch(dtype, down, tiling)
 
 
-def _symmetric(p, out, *, addend=None, down=False, square=1.0, linear=0.0, unit=0.0):
-    """out = P Pᵀ, or Pᵀ P if `down`, for P (N, rows, columns), both multiples of 16; with an `addend` Q, symmetric:
-    square * P Pᵀ + linear * Q + unit * I. All are contiguous."""
+def _symmetric(p, out, tiling, scale, shift, down=False):
+    """out = scale * P Pᵀ + shift * I, with Pᵀ P if `down`; both are contiguous, P's sizes multiples of 16."""
     side, depth = reversed(p.shape[1:]) if down else p.shape[1:]
-    launch = symmetric_launch(p.dtype, dtype_of(addend), down, tiling_for(capability_of(p.device)))
-    tiles = ceil_div(side, launch.constants["TILE"])
-    launch(p.shape[0] * (tiles * (tiles + 1) // 2), p, addend, out, side, depth, square, linear, unit)
+    launch = symmetric_launch(p.dtype, down, tiling)
+    tiles = ceil_div(side, tiling.tile)
+    launch(p.shape[0] * (tiles * (tiles + 1) // 2), p, out, side, depth, scale, shift)
 
 
 def _into(update, steps, dtype, out):
     """Compute in `dtype` and write to `out`, of that dtype and of any strides."""
     count, rows, columns = update.shape
+    tall, tiling = rows > columns, tiling_for(capability_of(update.device))
+    if tall and not tiling.down:
+        return _into(update.mT, steps, dtype, out.mT)
     whole = [ceil_div(size, _MULTIPLE) * _MULTIPLE for size in (rows, columns)]
     allocate = update.new_empty if whole == [rows, columns] else update.new_zeros
     x = allocate(count, *whole, dtype=dtype)
     torch.div(update, _norm(update), out=x[:, :rows, :columns])
-    side, tall = min(whole), rows > columns
+    side = min(whole)
     a, b, c = _COEFFICIENTS
     gram, factor = (x.new_empty(count, side, side) for _ in range(2))
     spare = torch.empty_like(x) if steps > 1 else None
     for step in range(steps):
-        _symmetric(x, gram, down=tall)
-        _symmetric(gram, factor, addend=gram, square=c, linear=b, unit=a)
+        _symmetric(x, gram, tiling, 1.0, b / (2 * c), down=tall)
+        _symmetric(gram, factor, tiling, c, a - b * b / (4 * c))
         last = step == steps - 1
         source, target = (x[:, :rows, :columns], out) if last else (x, spare)
         if tall:

@@ -31,7 +31,7 @@ import torch
 from .arguments import expect_device, expect_floating, expect_int
 from .dispatch import DTYPES, pick, register
 from .language import tl, triton
-from .launch import Launch, capability_of, catalogue, ceil_div
+from .launch import Launch, capability_of, catalogue, ceil_div, has_data
 from .operator import define
 
 _NAME = "orthogonalise"
@@ -220,7 +220,8 @@ def _into(update, steps, dtype, out):
 
 def _orthogonalise(update, steps, dtype):
     out = update.new_empty(update.shape, dtype=dtype)
-    _into(update, steps, dtype, out)
+    if has_data(update):
+        _into(update, steps, dtype, out)
     return (out,)
 
 

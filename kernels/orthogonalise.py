@@ -62,9 +62,9 @@ def _norm(update):
 
 
 def arithmetic(update: torch.Tensor) -> torch.dtype:
-    """The dtype that `orthogonalise` computes in: on a GPU one of 16 bits that it has products for, where the
-    interpreter stands in for one and elsewhere on a CPU that of the update."""
-    if update.device.type != "cuda":
+    """The dtype that `orthogonalise` computes in: on a GPU one of 16 bits that it has products for; that of the update
+    on a CPU, where the interpreter may stand in for a GPU, and for float64."""
+    if update.device.type != "cuda" or update.dtype == torch.float64:
         return update.dtype
     if capability_of(update.device) < 10 * _CAPABILITY[0]:
         return torch.float16
@@ -246,7 +246,7 @@ def orthogonalise(update: torch.Tensor, steps: int = 5, *, out: torch.Tensor | N
 
     update: float32 or 16-bit, of any strides, m and n in any order. GPUs compute in bfloat16 for float32 and else in
     the update's dtype; those below compute capability 8.0, which have no bfloat16, in float16. CPUs compute in the
-    update's dtype. A matrix of zeros stays one; singular values below 1/1000 of the norm take more than 5 steps.
+    update's dtype. A matrix of zeros stays one; singular values below some 1/700 of the norm need more than 5 steps.
 
     out: a floating tensor (N, m, n) of any dtype and strides for the result, which may be update itself. Without it the
     result is in the dtype that is computed in. There is no gradient.

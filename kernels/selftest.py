@@ -220,9 +220,8 @@ def _matrix_inputs(draw, tokens):
 
 
 def _orthogonalise_reference(update):
-    # Float32 is computed in 16 bits.
-    wide = update.dtype == torch.float64
-    return orthogonalise_reference(update.detach(), dtype=None if wide else arithmetic(update))
+    # In 16 bits for float32 as well, and without a gradient, as the operator.
+    return orthogonalise_reference(update.detach(), dtype=arithmetic(update))
 
 
 def _each(function: Callable) -> Callable:

@@ -163,8 +163,14 @@ class BatchOptions:
 class OptimizerOptions:
     """How weights are updated. None: the recipe's value."""
 
+    optimizer: Literal["adamw", "muon"] | None = None
+    """muon: Muon for the matrices of the layers, AdamW for the rest. adamw: AdamW for all. None: the recipe's."""
     lr: float | None = None
-    """Peak learning rate. None: the recipe's, by the width of the model."""
+    """Peak learning rate of AdamW. None: the recipe's, by the width of the model."""
+    muon_lr: float = 0.02
+    """Peak learning rate of Muon, which does not depend on the width of the model."""
+    muon_momentum: float = 0.95
+    """Muon's momentum."""
     beta1: float = 0.9
     """AdamW's first moment decay."""
     beta2: float = 0.98
@@ -200,7 +206,8 @@ class PretrainOptions:
     preset: Preset | None = None
     """Model. None: cramfast-small on a GPU, cramfast-tiny on a CPU."""
     recipe: Literal["cramfast", "cramming"] = "cramfast"
-    """cramfast: AdamW, 2 % warm-up, second half decaying, a batch that suits the budget. cramming: the paper's."""
+    """cramfast: Muon and AdamW, 2 % warm-up, second half decaying, a batch that suits the budget. cramming: the
+    paper's."""
     budget: str | None = None
     """24h, 10m, 90s, 5e9tokens or 2e17flops. None: 3m on a GPU, 75s on a CPU."""
     seed: int = 0
@@ -224,6 +231,7 @@ class Recipe:
     """What `--recipe` decides, for every flag left at None."""
 
     schedule: Literal["trapezoid", "triangle"]
+    optimizer: Literal["adamw", "muon"]
     lr: float
     lr_by_width: bool
     """Whether `lr` is meant for 768 hidden units and grows as 1/sqrt(width) for narrower models."""
@@ -243,6 +251,7 @@ class Recipe:
 RECIPES: dict[str, Recipe] = {
     "cramfast": Recipe(
         schedule="trapezoid",
+        optimizer="muon",
         lr=1e-3,
         lr_by_width=True,
         clip=1.0,
@@ -255,6 +264,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "cramming": Recipe(
         schedule="triangle",
+        optimizer="adamw",
         lr=1e-3,
         lr_by_width=False,
         clip=0.5,
@@ -327,13 +337,14 @@ def _check(options: PretrainOptions) -> None:
     _require(text.max_tokens_per_char > 0, f"--max-tokens-per-char {text.max_tokens_per_char}: expected more than 0")
     _require(text.vocab_size >= 256, f"--vocab-size {text.vocab_size}: expected at least 256")
     _require(0 < optimizer.lr < math.inf, f"--lr {optimizer.lr}: expected a number above 0")
+    _require(0 < optimizer.muon_lr < math.inf, f"--muon-lr {optimizer.muon_lr}: expected a number above 0")
     _require(optimizer.clip > 0, f"--clip {optimizer.clip}: expected more than 0")
     for name in ("weight_decay", "adam_eps"):
         value = getattr(optimizer, name)
         _require(0 <= value < math.inf, f"--{name.replace('_', '-')} {value}: expected 0 or more")
-    for name in ("beta1", "beta2"):
+    for name in ("beta1", "beta2", "muon_momentum"):
         value = getattr(optimizer, name)
-        _require(0 <= value < 1, f"--{name} {value}: expected a number from 0 to below 1")
+        _require(0 <= value < 1, f"--{name.replace('_', '-')} {value}: expected a number from 0 to below 1")
     _require(0 <= options.seed < 2**63, f"--seed {options.seed}: expected a number from 0 to below 2^63")
     _require(options.evals >= 1, f"--evals {options.evals}: expected at least 1")
     _require(run.keep_checkpoints >= 1, f"--keep-checkpoints {run.keep_checkpoints}: expected at least 1")

@@ -21,6 +21,7 @@ if __name__ == "cramfast.kernels":
     from .long_attention import choose_long
     from .mask_tokens import mask_tokens, mask_tokens_reference
     from .mlm_loss import mlm_loss, mlm_loss_reference, mlm_scores, mlm_scores_reference
+    from .muon import muon_direction, muon_direction_reference, muon_update, muon_update_reference
     from .orthogonalise import orthogonalise, orthogonalise_reference
     from .padding import pad, unpad
     from .selftest import Finding, selftest
@@ -57,6 +58,10 @@ if __name__ == "cramfast.kernels":
         "mlm_loss_reference",
         "mlm_scores",
         "mlm_scores_reference",
+        "muon_direction",
+        "muon_direction_reference",
+        "muon_update",
+        "muon_update_reference",
         "orthogonalise",
         "orthogonalise_reference",
         "pad",

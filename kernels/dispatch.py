@@ -25,6 +25,7 @@ OPERATORS = (
     "mlm_loss",
     "adamw",
     "orthogonalise",
+    "muon",
 )
 MODES = ("auto", "triton", "reference")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -1,39 +1,63 @@
-"""AdamW over a model's flat weights."""
+"""The optimizer of flat weights: AdamW, with Muon for the matrices of the layers."""
 
 import torch
 
 from ..config import OptimizerOptions
-from ..kernels import adamw, adamw_rates
+from ..kernels import adamw, adamw_rates, muon_direction, muon_update, orthogonalise
 from .weights import Weights
 
 
-class AdamW:
-    """AdamW with weight decay on matrices, none on norms, biases and scalars (Loshchilov & Hutter, 1711.05101)."""
+class Optimizer:
+    """AdamW (Loshchilov & Hutter, 1711.05101), and Muon (Jordan et al., 2024) where `options.optimizer` says so.
+
+    Weight decay is on matrices alone, not on norms, biases and scalars. Muon's learning rate keeps its ratio to AdamW's
+    as that follows its schedule. State: `first`, both kinds of momentum; `second`, AdamW's second moments.
+    """
 
     def __init__(self, weights: Weights, options: OptimizerOptions):
         self.weights, self.options = weights, options
-        self.first, self.second = torch.zeros_like(weights.master), torch.zeros_like(weights.master)
+        self.stacks = weights.stacks() if options.optimizer == "muon" else []
+        self.adam_from = weights.hidden if self.stacks else 0
+        """Where in the flat buffers AdamW's part begins."""
+        self.first = torch.zeros_like(weights.master)
+        self.second = torch.zeros_like(weights.master[self.adam_from :])
         self.updates = torch.zeros((), device=weights.master.device)
 
     def update(self, lr: torch.Tensor, factor: torch.Tensor, skipped: torch.Tensor) -> None:
-        """Update the weights by `factor` times their gradient, unless `skipped` is 1, and forget the gradient. All
-        three are scalars on the device."""
-        weights, options = self.weights, self.options
-        betas = {"beta1": options.beta1, "beta2": options.beta2}
+        """Update the weights by `factor` times their gradient, unless `skipped` is 1. All three are scalars on the
+        device; lr is AdamW's."""
+        betas = {"beta1": self.options.beta1, "beta2": self.options.beta2}
         self.updates += 1 - skipped
         rates = adamw_rates(lr, self.updates, factor, skipped, **betas)
-        buffers = (weights.master, weights.gradient, self.first, self.second)
-        matrices, rest = slice(weights.decayed), slice(weights.decayed, None)
-        for part, working, decay in ((matrices, weights.working, options.weight_decay), (rest, None, 0.0)):
-            pieces = (buffer[part] for buffer in buffers)
-            adamw(*pieces, rates, working, **betas, eps=options.adam_eps, weight_decay=decay)
+        if self.stacks:
+            self._muon(rates)
+        weights = self.weights
+        matrices, rest = slice(self.adam_from, weights.decayed), slice(weights.decayed, None)
+        for part, decay in ((matrices, self.options.weight_decay), (rest, 0.0)):
+            working = None if weights.working is None or part is rest else weights.working[part]
+            second = self.second[part.start - self.adam_from :][: weights.master[part].numel()]
+            buffers = (weights.master[part], weights.gradient[part], self.first[part], second)
+            adamw(*buffers, rates, working, **betas, eps=self.options.adam_eps, weight_decay=decay)
+
+    def _muon(self, rates: torch.Tensor) -> None:
+        weights, options, hidden = self.weights, self.options, slice(self.adam_from)
+        buffers = (weights.gradient[hidden], self.first[hidden])
+        like = weights.master if weights.working is None else weights.working
+        direction = torch.zeros_like(like[hidden])
+        muon_direction(*buffers, rates, direction, beta=options.muon_momentum)
+        ratio = options.muon_lr / options.lr
+        for stack in self.stacks:
+            matrices, part = stack.of(direction), slice(stack.start, stack.end)
+            orthogonalise(matrices, out=matrices)
+            working = None if weights.working is None else weights.working[part]
+            # An update has the same size for matrices of every shape (Jordan et al.).
+            scale = ratio * max(1.0, stack.rows / stack.columns) ** 0.5
+            settings = {"scale": scale, "weight_decay": ratio * options.weight_decay}
+            muon_update(weights.master[part], direction[part], rates, working, **settings)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The state by name, e.g. "exp_avg.layers.0.mlp.0.weight": views, to be read or written."""
-        moments = {"exp_avg": self.first, "exp_avg_sq": self.second}
-        named = {
-            f"{kind}.{name}": view
-            for kind, flat in moments.items()
-            for name, view in self.weights.by_name(flat).items()
-        }
+        first, second = self.weights.by_name(self.first), self.weights.by_name(self.second, self.adam_from)
+        named = {f"exp_avg.{name}": view for name, view in first.items()}
+        named |= {f"exp_avg_sq.{name}": view for name, view in second.items()}
         return named | {"updates": self.updates}

@@ -17,7 +17,7 @@ from ..data.tokenizer import SpecialIds
 from ..kernels import mask_tokens
 from ..model import Bert
 from .graphs import Graphs
-from .optimizer import AdamW
+from .optimizer import Optimizer
 from .weights import Weights
 
 _GROWTH_INTERVAL = 2000
@@ -88,7 +88,7 @@ class TrainStep:
         self.device = next(model.parameters()).device
         self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
         self.weights = Weights(model, dtype)
-        self.optimizer = AdamW(self.weights, options)
+        self.optimizer = Optimizer(self.weights, options)
         self.graphs = Graphs(self.device, graphs)
         self._scaled = dtype == torch.float16
         self.loss_scale = self._scalar(_FIRST_SCALE if self._scaled else 1.0)

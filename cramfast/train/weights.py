@@ -23,6 +23,23 @@ class Place:
         return self.start + self.shape.numel()
 
 
+@dataclass(frozen=True)
+class Stack:
+    """Matrices of one shape, `count` × (rows, columns), that fill the flat buffers from `start` to `end`."""
+
+    start: int
+    end: int
+    count: int
+    rows: int
+    columns: int
+
+    def of(self, flat: torch.Tensor) -> torch.Tensor:
+        """(count, rows, columns), a view of a flat buffer."""
+        stride = (self.end - self.start) // self.count
+        shape = (self.count, self.rows, self.columns)
+        return flat[self.start : self.end].as_strided(shape, (stride, self.columns, 1))
+
+
 class Weights:
     """Parameters, their gradient, and the 16-bit copies that matrix products use.
 
@@ -57,26 +74,28 @@ class Weights:
         if self.working is not None:
             self.working.copy_(self.master[: self.decayed])
 
-    def by_name(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The pieces of a flat buffer by parameter, in the parameters' shapes: those that lie in it."""
+    def by_name(self, flat: torch.Tensor, start: int = 0) -> dict[str, torch.Tensor]:
+        """The pieces of a flat buffer by parameter, in the parameters' shapes. The buffer begins at place `start`, and
+        the names are of those that lie in it."""
         return {
-            name: flat[place.start : place.end].view(place.shape)
+            name: flat[place.start - start : place.end - start].view(place.shape)
             for name, place in self.places.items()
-            if place.end <= flat.numel()
+            if start <= place.start and place.end - start <= flat.numel()
         }
 
-    def stacks(self, flat: torch.Tensor) -> list[torch.Tensor]:
-        """The layers' matrices in a flat buffer, those of one shape as one (count, rows, columns)."""
-        shapes: dict[torch.Size, list[Place]] = {}
-        for place in self.places.values():
+    def stacks(self) -> list[Stack]:
+        """The matrices of the layers. Queries, keys and values count as three, though one product makes them."""
+        shapes: dict[tuple[torch.Size, int], list[Place]] = {}
+        for name, place in self.places.items():
             if place.end <= self.hidden:
-                shapes.setdefault(place.shape, []).append(place)
-        return [
-            flat[places[0].start :].as_strided(
-                (len(places), *shape), (_aligned(shape.numel()), shape[1], 1), storage_offset=places[0].start
-            )
-            for shape, places in shapes.items()
-        ]
+                shapes.setdefault((place.shape, 3 if name.endswith("qkv.weight") else 1), []).append(place)
+        stacks = []
+        for ((rows, columns), parts), places in shapes.items():
+            end = places[-1].start + _aligned(places[-1].shape.numel())
+            if rows * columns % (_ALIGNMENT * parts):
+                parts = 1
+            stacks.append(Stack(places[0].start, end, len(places) * parts, rows // parts, columns))
+        return stacks
 
     def start_gradient(self, anew: bool) -> None:
         """Say what the next gradients do with those already here: take their place, or join them."""
@@ -104,8 +123,10 @@ def _lay_out(parameters: dict[str, nn.Parameter]) -> tuple[dict[str, Place], int
     def group(name: str) -> int:
         return 2 if parameters[name].ndim < 2 else 1 if name.startswith("embeddings.") else 0
 
-    shapes = list(dict.fromkeys(p.shape for p in parameters.values()))
-    order = sorted(parameters, key=lambda name: (group(name), shapes.index(parameters[name].shape)))
+    # A matrix that is three stays apart from others of its shape.
+    kinds = [(p.shape, name.endswith("qkv.weight")) for name, p in parameters.items()]
+    kind_of = {name: kinds.index(kind) for name, kind in zip(parameters, kinds, strict=True)}
+    order = sorted(parameters, key=lambda name: (group(name), kind_of[name]))
     places, ends, offset = {}, [0, 0, 0], 0
     for name in order:
         places[name] = Place(offset, parameters[name].shape)

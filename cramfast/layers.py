@@ -18,6 +18,7 @@ from .kernels import (
     mlm_loss,
     mlm_scores,
     pad,
+    select_rows,
     unpad,
     varlen_attention,
 )
@@ -36,8 +37,8 @@ __all__ = [
 
 
 def only(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    """Rows `rows` (M,) of x (T, C); None: x itself."""
-    return x if rows is None else x.index_select(0, rows)
+    """Rows `rows` (M,) of x (T, C), none of them twice; None: x itself."""
+    return x if rows is None else select_rows(x, rows)
 
 
 class FusedLinear(nn.Linear):

@@ -24,6 +24,7 @@ if __name__ == "cramfast.kernels":
     from .muon import muon_direction, muon_direction_reference, muon_update, muon_update_reference
     from .orthogonalise import orthogonalise, orthogonalise_reference
     from .padding import pad, unpad
+    from .select_rows import select_rows, select_rows_reference
     from .selftest import Finding, selftest
     from .sequences import group_sequences, sequence_positions
 
@@ -65,6 +66,8 @@ if __name__ == "cramfast.kernels":
         "orthogonalise",
         "orthogonalise_reference",
         "pad",
+        "select_rows",
+        "select_rows_reference",
         "selftest",
         "sequence_positions",
         "unpad",

@@ -1,5 +1,6 @@
 """`python -m cramfast.profile`: where the time of a training step goes, per operator, against its own limit."""
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _profile(options: ProfileOptions) -> int:
+    # Torch reads it when it is loaded: its profiler reports on stderr that it starts and stops.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
     from .train.profiling import profile  # torch comes with it, which --help need not wait for
 
     batches = BatchOptions(

@@ -76,7 +76,7 @@ _ELSEWHERE = {
 _LIBRARIES = tuple(
     (re.compile(pattern, re.IGNORECASE), kind)
     for pattern, kind in (
-        (r"(flash|sdpa|attention).*(bwd|backward)|fmha_cutlassB", Kind.ATTENTION_BACKWARD),
+        (r"(flash|sdpa|attention).*(bwd|backward|bprop)|fmha_cutlassB", Kind.ATTENTION_BACKWARD),
         (r"flash|fmha|sdpa|attention", Kind.ATTENTION_FORWARD),
         (r"nvjet|gemm|gemv|cutlass|cublas|splitk|xmma|\b(add|b|badd)?(mm|mv|bmm)\b|aten::linear$", Kind.MATMUL),
         (r"layer_?norm.*(backward|grad)|GammaBetaBackward", Kind.NORM_BACKWARD),

@@ -9,7 +9,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from rich.table import Table
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, record_function
 
-from ..config import PRESETS, Activations, ModelConfig, OptimizerOptions, PretrainOptions, resolve
+from ..config import PRESETS, Activations, ModelConfig, PretrainOptions, resolve
 from ..data.batches import Batch, Cursor
 from ..data.tokenizer import SpecialIds
 from ..device import copy_rate, environment, has_gpu, matmul_rate, peak_memory_mib, pick_device, pick_dtype
@@ -215,7 +215,7 @@ def _training(
     torch.manual_seed(options.seed)
     model = Bert(config, activations=activations).to(device).train()
     special = SpecialIds(pad=0, cls=2, sep=3, mask=4, ordinary=(5, config.vocab_size))
-    optimizer = OptimizerOptions(lr=_LEARNING_RATE, clip=options.optimizer.clip)
+    optimizer = replace(options.optimizer, lr=_LEARNING_RATE)
     step = TrainStep(model, optimizer, special, dtype, options.seed)
     batch = _random_batch(special, sequences, options.batches.max_length).to(device)
     taken = 0

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _profile(options: ProfileOptions) -> int:
     # Torch reads it when it is loaded: its profiler reports on stderr that it starts and stops.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     from .train.profiling import profile  # torch comes with it, which --help need not wait for
 
     batches = BatchOptions(

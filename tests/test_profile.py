@@ -15,6 +15,7 @@ from cramfast import profile as command
 from cramfast.config import PRESETS, BatchOptions, ModelConfig, OptimizerOptions, PretrainOptions
 from cramfast.data.batches import Batch, Cursor
 from cramfast.data.tokenizer import SpecialIds
+from cramfast.device import copy_rate
 from cramfast.kernels import Launch, every_launch
 from cramfast.model import Bert
 from cramfast.train import profiling
@@ -360,9 +361,15 @@ def test_a_step_on_a_cpu(tmp_path, capsys, dtype):
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_the_copy_of_a_cpu_has_a_rate():
-    from cramfast.device import copy_rate
+def test_nothing_but_the_table_is_printed():
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0"}
+    words = [sys.executable, "-m", "cramfast.profile", *SMALL]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("cramfast-tiny, ")
 
+
+def test_the_copy_of_a_cpu_has_a_rate():
     assert 1e8 < copy_rate(torch.device("cpu")) < 1e13
 
 

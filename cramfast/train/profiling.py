@@ -138,7 +138,7 @@ def measure(options: PretrainOptions, activations: Activations, steps: int) -> P
     it does not fit or cannot run."""
     device = pick_device(options.device)
     dtype = pick_dtype(device, options.dtype)
-    _check_operators(device)
+    backends = _backends(device)
     batches, config = options.batches, PRESETS[options.preset]
     sequences = batches.microbatch_size or max(1, _microbatch_tokens(device) // batches.max_length)
     tokens = sequences * batches.max_length
@@ -154,7 +154,8 @@ def measure(options: PretrainOptions, activations: Activations, steps: int) -> P
         raise UserError(f"--microbatch-size {sequences}: out of memory; choose a smaller one") from error
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        own = own_kernels(every_launch(dtype, 10 * major + minor))
+        # Without Triton there are none.
+        own = own_kernels(every_launch(dtype, 10 * major + minor)) if "triton" in backends else {}
         kinds = classify([name for name, _, _ in events], own)
     else:
         seconds = profiled_seconds
@@ -194,11 +195,10 @@ def _limits(device: torch.device, dtype: torch.dtype) -> Limits:
     return limits
 
 
-def _check_operators(device: torch.device) -> None:
-    """Raise UserError when CRAMFAST_KERNELS asks for what cannot run."""
+def _backends(device: torch.device) -> set[str]:
+    """Who computes the operators. Raises UserError when CRAMFAST_KERNELS asks for what cannot run."""
     try:
-        for operator in OPERATORS:
-            choose(operator, device)
+        return {choose(operator, device).backend for operator in OPERATORS}
     except (ValueError, RuntimeError) as error:
         raise UserError(str(error)) from error
 
@@ -272,10 +272,10 @@ def _record(run: Callable[[], None], steps: int, device: torch.device) -> tuple[
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as recorded:
         seconds = _time(run, steps, device)
     kind = DeviceType.CUDA if gpu else DeviceType.CPU
-    events = sorted((e for e in recorded.events() if e.device_type == kind), key=lambda e: e.time_range.start)
-    events = [e for e in events if e.name != _UPDATE]
+    events = [e for e in recorded.events() if e.device_type == kind and not e.is_user_annotation]
+    events.sort(key=lambda e: e.time_range.start)
     if not events:
-        raise UserError("--device cuda: torch.profiler sees no kernels here; --device cpu needs none")
+        raise UserError("--device cuda: torch.profiler recorded no kernels; another profiler may hold the card")
     if gpu:
         return [(e.name, e.time_range.elapsed_us() / 1e6, False) for e in events], seconds
     return [(e.name, e.self_cpu_time_total / 1e6, _in_update(e)) for e in events], seconds

@@ -91,7 +91,7 @@ def _index(ids_ptr, token, valid, otherwise):
 
 
 @triton.jit
-def _forward_kernel(
+def _embed_kernel(
     ids_ptr,  # (tokens,)
     weight_ptr,  # (vocabulary, C)
     position_ids_ptr,  # (tokens,) or None
@@ -126,7 +126,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _embed_backward_kernel(
     dy_ptr,  # (tokens, C)
     keys_ptr,  # (tokens,): the table's rows that the tokens use, sorted; -1 for those outside of it
     order_ptr,  # (tokens,): the tokens in that order
@@ -259,7 +259,7 @@ _SHARE = 16
 def forward_launch(hidden, itemsize, pointers) -> Launch:
     """The forward kernel for outputs of `itemsize` bytes; pointers: the dtypes of its tensors."""
     tiling = row_tiling(hidden, itemsize, num_warps=4)
-    return Launch(_forward_kernel, pointers, ("i64", "i64", "i64", "fp32"), tiling.constants, tiling.num_warps)
+    return Launch(_embed_kernel, pointers, ("i64", "i64", "i64", "fp32"), tiling.constants, tiling.num_warps)
 
 
 @functools.lru_cache
@@ -267,7 +267,7 @@ def backward_launch(hidden, itemsize, pointers) -> Launch:
     """The walk over sorted tokens, for output gradients of `itemsize` bytes; pointers: the dtypes of its tensors."""
     tiling = row_tiling(hidden, itemsize)
     constants = tiling.constants | {"CHUNK": _CHUNK, "SHARE": _SHARE}
-    return Launch(_backward_kernel, pointers, ("i64",) * 3, constants, tiling.num_warps, ROW_REGISTERS)
+    return Launch(_embed_backward_kernel, pointers, ("i64",) * 3, constants, tiling.num_warps, ROW_REGISTERS)
 
 
 @functools.lru_cache

@@ -58,7 +58,7 @@ def add_layer_norm_reference(x, residual, weight, bias=None, eps=1e-5):
 
 
 @triton.jit
-def _forward_kernel(
+def _norm_kernel(
     x_ptr,  # (rows, C)
     residual_ptr,  # (rows, C) or None
     weight_ptr,  # (C,)
@@ -94,7 +94,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _norm_backward_kernel(
     dy_ptr,  # (rows, C)
     ds_ptr,  # (rows, C) or None: a gradient that reaches x besides
     x_ptr,  # (rows, C)
@@ -181,7 +181,7 @@ def forward_launch(hidden, dtype, weight_dtype, bias_dtype, add) -> Launch:
     tiling = row_tiling(hidden, dtype.itemsize, num_warps=4)
     second = dtype if add else None
     pointers = (dtype, second, weight_dtype, bias_dtype, dtype, second, torch.float32)
-    return Launch(_forward_kernel, pointers, ("i64", "fp32"), tiling.constants, tiling.num_warps)
+    return Launch(_norm_kernel, pointers, ("i64", "fp32"), tiling.constants, tiling.num_warps)
 
 
 @functools.lru_cache
@@ -192,7 +192,7 @@ def backward_launch(hidden, dtype, weight_dtype, bias_dtype, add, recompute) -> 
     tiling = row_tiling(hidden, dtype.itemsize, bytes_in_lane=0 if recompute else room)
     ds, y = dtype if add else None, dtype if recompute else None
     pointers = (dtype, ds, dtype, weight_dtype, bias_dtype, torch.float32, dtype, y, torch.float32)
-    return Launch(_backward_kernel, pointers, ("i64",), tiling.constants, tiling.num_warps, ROW_REGISTERS)
+    return Launch(_norm_backward_kernel, pointers, ("i64",), tiling.constants, tiling.num_warps, ROW_REGISTERS)
 
 
 @functools.lru_cache

@@ -80,7 +80,7 @@ OWN = own_kernels(every_launch(torch.bfloat16, 90))
 
 
 def test_kernels_that_serve_in_both_directions():
-    names = ["_turn_kernel", "forward_tile", "nvjet_sm90", "backward_tile", "_turn_kernel", "_forward_kernel"]
+    names = ["_turn_kernel", "forward_tile", "nvjet_sm90", "backward_tile", "_turn_kernel", "_norm_kernel"]
     names += ["_turn_kernel", "forward_blocks"]
     forward, backward = Kind.ATTENTION_FORWARD, Kind.ATTENTION_BACKWARD
     expected = [forward, forward, Kind.MATMUL, backward, backward, Kind.NORM_FORWARD, forward, forward]

@@ -40,8 +40,10 @@ _FILES = {
     "layer_norm": (Kind.NORM_FORWARD, Kind.NORM_BACKWARD),
     "mask_tokens": (Kind.MASKING, Kind.MASKING),
     "mlm_loss_kernels": (Kind.LOSS, Kind.LOSS),
+    "muon": (Kind.OPTIMIZER, Kind.OPTIMIZER),
     "orthogonalise": (Kind.OPTIMIZER, Kind.OPTIMIZER),
     "rotary": (Kind.ATTENTION_FORWARD, Kind.ATTENTION_BACKWARD),
+    "select_rows": (Kind.COPY, Kind.COPY),
     "sequences": (Kind.ATTENTION_FORWARD, Kind.ATTENTION_BACKWARD),
 }
 
@@ -57,17 +59,13 @@ class Neighbour:
     after: str | None = None
 
 
-# Names that two files have, or that serve in both directions. The embedding comes right after masking, and its gradient
-# is what `_join_kernel` finishes.
+# Kernels that two files launch, or that serve in both directions. The embedding's gradient is what `_join_kernel`
+# finishes.
 NEIGHBOURS = (
-    Neighbour("_forward_kernel", Kind.EMBEDDING, before="_mask_kernel"),
-    Neighbour("_backward_kernel", Kind.EMBEDDING, after="_join_kernel"),
     Neighbour("_sum_shares_kernel", Kind.EMBEDDING, before="_join_kernel"),
     Neighbour("_turn_kernel", Kind.ATTENTION_BACKWARD, before="backward_tile"),
 )
 _ELSEWHERE = {
-    "_forward_kernel": Kind.NORM_FORWARD,
-    "_backward_kernel": Kind.NORM_BACKWARD,
     "_sum_shares_kernel": Kind.NORM_BACKWARD,
     "_turn_kernel": Kind.ATTENTION_FORWARD,
 }

@@ -21,35 +21,38 @@ from cramfast.train.checkpoint import (
     save_model,
     write_json,
 )
-from cramfast.train.optimizer import adamw, optimizer_tensors
+from cramfast.train.optimizer import AdamW
+from cramfast.train.weights import Weights
 
 CONFIG = ModelConfig(vocab_size=61, hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48, norm_bias=True)
 STATE = {"step": 7, "spent": {"seconds": 0.1 + 0.2, "tokens": 2**53 + 1, "flops": 1e300}, "cursor": [1, 2, 3]}
 
 
-def make_model(seed: int = 0, config: ModelConfig = CONFIG) -> tuple[Bert, torch.optim.AdamW]:
+def make_model(seed: int = 0, config: ModelConfig = CONFIG) -> tuple[Bert, AdamW]:
     torch.manual_seed(seed)
     model = Bert(config)
-    return model, adamw(model, OptimizerOptions(lr=1e-3))
+    return model, AdamW(Weights(model, torch.float32), OptimizerOptions(lr=1e-3))
 
 
-def update(model: Bert, optimizer: torch.optim.AdamW) -> None:
+def update(model: Bert, optimizer: AdamW) -> None:
     """One update from tokens that the random state decides."""
+    weights = optimizer.weights
     ids = torch.randint(CONFIG.vocab_size, (24,))
-    model(ids, torch.tensor([0, 10, 24], dtype=torch.int32), 14, torch.arange(0, 24, 4), ids[::4]).backward()
-    optimizer.step()
-    optimizer.zero_grad()
+    loss = model(ids, torch.tensor([0, 10, 24], dtype=torch.int32), 14, torch.arange(0, 24, 4), ids[::4])
+    weights.start_gradient(anew=True)
+    weights.take(torch.autograd.grad(loss, [*weights.leaves.values()], allow_unused=True), anew=True)
+    optimizer.update(torch.tensor(1e-3), torch.ones(()), torch.zeros(()))
 
 
-def trained(updates: int = 3) -> tuple[Bert, torch.optim.AdamW]:
+def trained(updates: int = 3) -> tuple[Bert, AdamW]:
     model, optimizer = make_model()
     for _ in range(updates):
         update(model, optimizer)
     return model, optimizer
 
 
-def everything(model: Bert, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
-    tensors = {**model.state_dict(), **optimizer_tensors(model, optimizer), "random": torch.get_rng_state()}
+def everything(model: Bert, optimizer: AdamW) -> dict[str, torch.Tensor]:
+    tensors = {**model.state_dict(), **optimizer.tensors(), "random": torch.get_rng_state()}
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
@@ -60,7 +63,12 @@ def same_bits(left: dict, right: dict) -> bool:
 def save(run, step: int, model=None, optimizer=None, keep: int = 100):
     if model is None:
         model, optimizer = trained(1)
-    return save_checkpoint(run, step, model, optimizer, {}, STATE | {"step": step}, keep)
+    return save_checkpoint(run, step, model, optimizer.tensors(), STATE | {"step": step}, keep)
+
+
+def load(path, seed: int = 1) -> dict:
+    model, optimizer = make_model(seed)
+    return load_checkpoint(path, model, optimizer.tensors())
 
 
 def names(folder) -> list[str]:
@@ -86,15 +94,27 @@ def test_a_checkpoint_brings_back_every_bit(tmp_path):
     model, optimizer = trained()
     extra = {"loss_scale": torch.tensor(2.0**15), "good_steps": torch.tensor(123.0)}
     before = everything(model, optimizer)
-    path = save_checkpoint(tmp_path, 7, model, optimizer, extra, STATE, keep=2)
+    path = save_checkpoint(tmp_path, 7, model, optimizer.tensors() | extra, STATE, keep=2)
     assert path == tmp_path / "checkpoint-7"
     assert same_bits(everything(model, optimizer), before)
 
     other_model, other_optimizer = make_model(seed=1)
-    extra_again, state_again = load_checkpoint(path, other_model, other_optimizer)
+    extra_again = {name: torch.zeros(()) for name in extra}
+    state_again = load_checkpoint(path, other_model, other_optimizer.tensors() | extra_again)
     assert same_bits(everything(other_model, other_optimizer), before)
-    assert all(torch.equal(extra_again[name], extra[name]) for name in extra)
+    assert same_bits(extra_again, extra)
     assert state_again == STATE
+
+
+def test_what_is_loaded_stays_where_it_was(tmp_path):
+    path = save(tmp_path, 3)
+    model, optimizer = make_model(seed=1)
+    tensors = model.state_dict() | optimizer.tensors()
+    places = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    load_checkpoint(path, model, optimizer.tensors())
+    assert places == {name: tensor.data_ptr() for name, tensor in (model.state_dict() | optimizer.tensors()).items()}
+    assert torch.equal(optimizer.weights.master, trained(1)[1].weights.master)
+    assert torch.equal(optimizer.first, trained(1)[1].first)
 
 
 @pytest.mark.parametrize("updates", [0, 3])
@@ -106,7 +126,7 @@ def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(tmp_path, u
     wanted = everything(model, optimizer)
 
     again, optimizer_again = make_model(seed=1)
-    load_checkpoint(path, again, optimizer_again)
+    load_checkpoint(path, again, optimizer_again.tensors())
     for _ in range(3):
         update(again, optimizer_again)
     assert same_bits(everything(again, optimizer_again), wanted)
@@ -173,8 +193,7 @@ def test_killed_while_a_checkpoint_is_replaced_there_is_always_a_whole_one(tmp_p
     with contextlib.suppress(Killed):
         save(tmp_path, 3, model, optimizer, keep=1)
     monkeypatch.undo()
-    _, state = load_checkpoint(latest_checkpoint(tmp_path), *make_model(seed=1))
-    assert state["step"] == 3
+    assert load(latest_checkpoint(tmp_path))["step"] == 3
     save(tmp_path, 3, model, optimizer, keep=1)
     assert names(tmp_path) == ["checkpoint-3"]
 
@@ -203,26 +222,36 @@ DAMAGE = {
 def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, file, damage):
     path = save(tmp_path, 3)
     DAMAGE[damage](path / file)
-    assert str(path / file) in refusal(load_checkpoint, path, *make_model(seed=1))
+    assert str(path / file) in refusal(load, path)
 
 
 @pytest.mark.parametrize("text", ["[]", "null", '"text"'])
 def test_json_of_another_kind_is_refused_by_name(tmp_path, text):
     path = save(tmp_path, 3)
     (path / "trainer.json").write_text(text)
-    assert str(path / "trainer.json") in refusal(load_checkpoint, path, *make_model(seed=1))
+    assert str(path / "trainer.json") in refusal(load, path)
     (path / "config.json").write_text(text)
     assert str(path / "config.json") in refusal(cramfast.load, path)
 
 
 def test_a_trainer_state_of_another_model_is_refused_by_name(tmp_path):
     path = save(tmp_path, 3)
-    without_random_state = load_file(path / "trainer.safetensors")
-    del without_random_state["extra.random.cpu"]
-    of_a_stranger = {"optimizer.exp_avg.stranger.weight": torch.zeros(2)}
-    for other in (load_file(path / "model.safetensors"), of_a_stranger, without_random_state):
+    whole = load_file(path / "trainer.safetensors")
+    moment = "exp_avg.final_norm.weight"
+    changes = {
+        "random.": {name: tensor for name, tensor in whole.items() if name != "random.cpu"},
+        moment: {name: tensor for name, tensor in whole.items() if name != moment},
+        "exp_avg.stranger.weight": whole | {"exp_avg.stranger.weight": torch.zeros(2)},
+        "updates": whole | {"updates": torch.zeros(1)},
+        "embeddings.norm.bias": load_file(path / "model.safetensors"),
+    }
+    for name, other in changes.items():
         save_file(other, path / "trainer.safetensors")
-        assert str(path / "trainer.safetensors") in refusal(load_checkpoint, path, *make_model(seed=1))
+        message = refusal(load, path)
+        assert str(path / "trainer.safetensors") in message
+        assert name in message
+    save_file(whole, path / "trainer.safetensors")
+    assert load(path)["step"] == 3
 
 
 @pytest.fixture

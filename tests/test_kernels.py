@@ -10,6 +10,7 @@ import torch
 
 from cramfast.kernels import (
     OPERATORS,
+    adamw,
     add_layer_norm,
     embed,
     geglu,
@@ -404,6 +405,14 @@ def floats(*shape):
     return randn(*shape, dtype=torch.float32)
 
 
+def updated(weight):
+    """What AdamW makes of `weight` and its moments."""
+    first, second = torch.zeros_like(weight), torch.zeros_like(weight)
+    rates = torch.tensor([0.1, 1.0, 7.0, 1.0, 0.0])
+    adamw(weight, floats(100), first, second, rates, beta1=0.9, beta2=0.98, eps=1e-12, weight_decay=0.01)
+    return weight, first, second
+
+
 CALLS = {
     "embed": lambda: embed(IDS, floats(6, 8), floats(8)),
     "layer_norm": lambda: layer_norm(floats(3, 8), floats(8)),
@@ -413,6 +422,7 @@ CALLS = {
     "varlen_attention": lambda: varlen_attention(floats(6, 3, 1, 8), boundaries((2, 4)), 4),
     "mask_tokens": lambda: mask_tokens(IDS, boundaries((2, 4)), 2, mask_id=0, ordinary=(1, 6), seed=0),
     "mlm_loss": lambda: mlm_loss(floats(6, 8), floats(9, 8), IDS),
+    "adamw": lambda: updated(floats(100)),
     "orthogonalise": lambda: orthogonalise(floats(2, 6, 8)),
 }
 

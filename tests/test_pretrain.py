@@ -696,7 +696,7 @@ def poison(monkeypatch, steps) -> None:
     def poisoned(self, batch, mask_rate, microbatch, share):
         accumulate(self, batch, mask_rate, microbatch, share)
         if microbatch // parts + 1 in steps:
-            next(self.model.parameters()).grad[0, 0] = math.nan
+            self.weights.gradient[0] = math.nan
 
     monkeypatch.setattr(TrainStep, "accumulate", poisoned)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .adamw import adamw, adamw_rates, adamw_reference
 from .attention import varlen_attention, varlen_attention_reference
 from .dispatch import DTYPES, OPERATORS, choose
 from .embed import embed, embed_reference
@@ -224,6 +225,34 @@ def _orthogonalise_reference(update):
     return orthogonalise_reference(update.detach(), dtype=arithmetic(update))
 
 
+def _update_inputs(draw, tokens):
+    size = tokens * _WIDTH
+    # The second moment is a mean of squares.
+    return {"weight": draw(size), "gradient": draw(size), "first": draw(size), "second": draw(size).square()}
+
+
+def _update(function: Callable) -> Callable:
+    """`function` with a 16-bit copy of the weights and without, on all of them and on those from an odd place on, and
+    an update that is skipped."""
+
+    def run(**inputs):
+        scalars = [torch.tensor(value, device=inputs["weight"].device) for value in (0.1, 3.0, 0.5, 0.0)]
+        rates = adamw_rates(*scalars, beta1=0.9, beta2=0.98)
+        skipping = rates.index_fill(0, torch.tensor(4, device=rates.device), 1.0)
+        results = []
+        for start, rates_now, narrow in ((0, rates, True), (0, rates, False), (3, rates, False), (0, skipping, True)):
+            state = [tensor.detach()[start:].clone() for tensor in inputs.values()]
+            weight = state[0]
+            # The definition in float64 shows what rounding costs.
+            dtype = weight.dtype if weight.dtype == torch.float64 else torch.float16
+            working = weight.to(dtype, copy=True) if narrow else None
+            function(*state, rates_now, working, beta1=0.9, beta2=0.98, eps=1e-6, weight_decay=0.01)
+            results += [weight, *state[2:], *([working] if narrow else [])]
+        return tuple(results)
+
+    return run
+
+
 def _each(function: Callable) -> Callable:
     """`function` of every input on its own."""
 
@@ -241,5 +270,6 @@ _CASES = {
     "geglu": (geglu, geglu_reference, _activation_inputs),
     "varlen_attention": (_attend(varlen_attention), _attend(varlen_attention_reference), _attention_inputs),
     "mlm_loss": (_lose(mlm_loss, ("fast", "low")), _lose(mlm_loss_reference), _loss_inputs),
+    "adamw": (_update(adamw), _update(adamw_reference), _update_inputs),
     "orthogonalise": (_each(orthogonalise), _each(_orthogonalise_reference), _matrix_inputs),
 }

@@ -15,7 +15,7 @@ import functools
 
 import torch
 
-from .arguments import expect_like, say
+from .arguments import expect_floating, expect_like, say
 from .dispatch import pick, register
 from .language import tl, triton
 from .launch import Launch, catalogue, ceil_div, dtype_of
@@ -54,7 +54,7 @@ def adamw_reference(weight, gradient, first, second, rates, working=None, *, bet
     for tensor, new in ((weight, w), (first, m), (second, v)):
         tensor.copy_(torch.where(skipped > 0, tensor, new))
     if working is not None:
-        working.copy_(weight)
+        working.copy_(torch.where(skipped > 0, working.to(weight.dtype), weight))
 
 
 @triton.jit
@@ -147,7 +147,9 @@ def adamw(
     for name, tensor in tensors.items():
         expect_like(_NAME, name, tensor, weight.shape, weight)
     expect_like(_NAME, "rates", rates, (5,), weight.new_empty(0, dtype=torch.float32))
+    tensors["rates"] = rates
     if working is not None:
+        expect_floating(_NAME, "working", working)
         expect_like(_NAME, "working", working, weight.shape, weight.new_empty(0, dtype=working.dtype))
         tensors["working"] = working
     for name, tensor in tensors.items():

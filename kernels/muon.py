@@ -31,17 +31,17 @@ def muon_direction_reference(gradient, momentum, rates, direction, *, beta) -> N
     *_, factor, skipped = rates.to(gradient.dtype)
     g = gradient * factor
     m = momentum * beta + g
-    direction.copy_((g + m * beta) * _GAIN)
+    direction.copy_(torch.where(skipped > 0, direction, (g + m * beta) * _GAIN))
     momentum.copy_(torch.where(skipped > 0, momentum, m))
 
 
 def muon_update_reference(weight, direction, rates, working=None, *, scale, weight_decay) -> None:
     """The definition, on any device and floating dtype; see `muon_update`."""
     lr, *_, skipped = rates.to(weight.dtype)
-    w = weight * (1 - lr * weight_decay) - lr * scale * direction
-    weight.copy_(torch.where(skipped > 0, weight, w))
+    w = weight * (1 - lr * weight_decay) - lr * scale * direction.to(weight.dtype)
     if working is not None:
-        working.copy_(weight)
+        working.copy_(torch.where(skipped > 0, working, w))
+    weight.copy_(torch.where(skipped > 0, weight, w))
 
 
 @triton.jit

@@ -20,6 +20,7 @@ from .gelu import geglu, geglu_reference, gelu, gelu_reference
 from .layer_norm import add_layer_norm, add_layer_norm_reference, layer_norm, layer_norm_reference
 from .mask_tokens import mask_tokens, mask_tokens_reference
 from .mlm_loss import mlm_loss, mlm_loss_reference
+from .muon import muon_direction, muon_direction_reference, muon_update, muon_update_reference
 from .orthogonalise import arithmetic, orthogonalise, orthogonalise_reference
 
 # Neither tokens nor width are a multiple of a tile, so that the masks are in the test. The interpreter is slow.
@@ -253,6 +254,25 @@ def _update(function: Callable) -> Callable:
     return run
 
 
+def _muon(direct: Callable, follow: Callable) -> Callable:
+    """Both passes of Muon, with the direction taken as it is, on all and from an odd place on, and one skipped."""
+
+    def run(**inputs):
+        rates = torch.tensor([0.1, 0.0, 0.0, 0.5, 0.0], device=inputs["weight"].device)
+        skipping = rates.index_fill(0, torch.tensor(4, device=rates.device), 1.0)
+        results = []
+        for start, rates_now in ((0, rates), (3, rates), (0, skipping)):
+            weight, gradient, momentum, _ = (tensor.detach()[start:].clone() for tensor in inputs.values())
+            dtype = weight.dtype if weight.dtype == torch.float64 else torch.float16
+            direction, working = (torch.zeros_like(weight, dtype=dtype) for _ in range(2))
+            direct(gradient, momentum, rates_now, direction, beta=0.95)
+            follow(weight, direction, rates_now, working, scale=1e-3, weight_decay=0.01)
+            results += [weight, momentum, direction, working]
+        return tuple(results)
+
+    return run
+
+
 def _each(function: Callable) -> Callable:
     """`function` of every input on its own."""
 
@@ -271,5 +291,10 @@ _CASES = {
     "varlen_attention": (_attend(varlen_attention), _attend(varlen_attention_reference), _attention_inputs),
     "mlm_loss": (_lose(mlm_loss, ("fast", "low")), _lose(mlm_loss_reference), _loss_inputs),
     "adamw": (_update(adamw), _update(adamw_reference), _update_inputs),
+    "muon": (
+        _muon(muon_direction, muon_update),
+        _muon(muon_direction_reference, muon_update_reference),
+        _update_inputs,
+    ),
     "orthogonalise": (_each(orthogonalise), _each(_orthogonalise_reference), _matrix_inputs),
 }

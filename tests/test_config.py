@@ -32,6 +32,7 @@ OTHER = {
     "batch_ramp": 0.1,
     "mask_rate": 0.4,
     "max_tokens_per_char": 0.5,
+    "optimizer": "adamw",
 }
 FILLED = [field.name for field in fields(Recipe) if field.name not in ("schedule", "lr_by_width")]
 
@@ -123,7 +124,8 @@ def test_a_flag_overrides_the_recipe(recipe, name):
 def test_the_cramming_recipe_is_the_papers():
     options = resolve(PretrainOptions(recipe="cramming"), has_gpu=True)
     batches, optimizer = options.batches, options.optimizer
-    assert optimizer == OptimizerOptions(lr=1e-3, beta1=0.9, beta2=0.98, adam_eps=1e-12, weight_decay=0.01, clip=0.5)
+    settings = {"optimizer": "adamw", "lr": 1e-3, "beta1": 0.9, "beta2": 0.98, "adam_eps": 1e-12}
+    assert optimizer == OptimizerOptions(**settings, weight_decay=0.01, clip=0.5)
     assert (batches.batch_size, batches.batch_ramp, batches.mask_rate) == (8192, 0.6, 0.25)
     assert (batches.layout, batches.order, batches.max_length) == ("packed", "full-stops", 128)
     assert RECIPES["cramming"].schedule == "triangle"

@@ -18,6 +18,7 @@ from cramfast.kernels import (
     layer_norm,
     mask_tokens,
     mlm_loss,
+    muon_direction,
     orthogonalise,
     sequence_positions,
     varlen_attention,
@@ -413,6 +414,13 @@ def updated(weight):
     return weight, first, second
 
 
+def directed(gradient):
+    """What Muon makes of a gradient, and the momentum with it."""
+    momentum, direction = torch.zeros_like(gradient), torch.zeros_like(gradient)
+    muon_direction(gradient, momentum, torch.tensor([0.1, 0.0, 0.0, 1.0, 0.0]), direction, beta=0.95)
+    return momentum, direction
+
+
 CALLS = {
     "embed": lambda: embed(IDS, floats(6, 8), floats(8)),
     "layer_norm": lambda: layer_norm(floats(3, 8), floats(8)),
@@ -423,6 +431,7 @@ CALLS = {
     "mask_tokens": lambda: mask_tokens(IDS, boundaries((2, 4)), 2, mask_id=0, ordinary=(1, 6), seed=0),
     "mlm_loss": lambda: mlm_loss(floats(6, 8), floats(9, 8), IDS),
     "adamw": lambda: updated(floats(100)),
+    "muon": lambda: directed(floats(100)),
     "orthogonalise": lambda: orthogonalise(floats(2, 6, 8)),
 }
 

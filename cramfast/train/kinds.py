@@ -50,13 +50,11 @@ _FILES = {
 
 @dataclass(frozen=True)
 class Neighbour:
-    """`kernel` is of `kind` where the one of this project's kernels that runs last before it, or next after it, has
-    this name."""
+    """`kernel` is of `kind` where the last of this project's kernels to run before it has the name `before`."""
 
     kernel: str
     kind: Kind
-    before: str | None = None
-    after: str | None = None
+    before: str
 
 
 # Kernels that two files launch, or that serve in both directions. The embedding's gradient is what `_join_kernel`
@@ -103,19 +101,15 @@ def own_kernels(launches: Iterable[Launch]) -> dict[str, Kind]:
 
 def classify(names: Sequence[str], own: dict[str, Kind]) -> list[Kind]:
     """The kind of each kernel of a stream, by name in the order in which they ran. own: as `own_kernels` gives it."""
-    places = [i for i, name in enumerate(names) if name in own]
-    kinds = [Kind.OTHER if name in own else _of_library(name) for name in names]
-    for before, i, after in zip([None, *places], places, [*places[1:], None], strict=False):
-        around = (None if before is None else names[before], None if after is None else names[after])
-        kinds[i] = _by_neighbours(names[i], *around) or own[names[i]]
+    kinds, before = [], None
+    for name in names:
+        if name not in own:
+            kinds.append(_of_library(name))
+            continue
+        rules = (rule.kind for rule in NEIGHBOURS if (rule.kernel, rule.before) == (name, before))
+        kinds.append(next(rules, own[name]))
+        before = name
     return kinds
-
-
-def _by_neighbours(name: str, before: str | None, after: str | None) -> Kind | None:
-    for rule in NEIGHBOURS:
-        if rule.kernel == name and (before, after) == (rule.before or before, rule.after or after):
-            return rule.kind
-    return None
 
 
 def _of_library(name: str) -> Kind:

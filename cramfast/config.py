@@ -218,6 +218,12 @@ class PretrainOptions:
     """Arithmetic of the matrix products. auto: bfloat16, float16 with loss scaling on older GPUs, float32 on a CPU."""
     graphs: bool = True
     """Run each step as a CUDA graph: less work for the host, the same numbers."""
+    activations: Literal["auto", "keep", "lean", "layers"] = "auto"
+    """What the forward pass leaves for the backward pass: keep: all it reads; lean: not what it writes again in
+    passing; layers: each layer's input alone, a quarter slower. auto: on a GPU the fastest that fits, else keep."""
+    memory_limit: str | None = None
+    """GPU memory that the run may take, like 11GB or 10.5GiB; it decides the microbatch, and no more is ever taken.
+    None: what is free. A CPU has no such limit."""
     evals: int = 10
     """Times the held-out loss and accuracy are measured over the budget."""
     text: TextOptions = field(default_factory=TextOptions)
@@ -351,6 +357,8 @@ def _check(options: PretrainOptions) -> None:
     Interval.parse("--checkpoint-every", run.checkpoint_every)
     Interval.parse("--log-every", run.log_every)
     Budget.parse(options.budget)
+    if options.memory_limit is not None:
+        byte_count("--memory-limit", options.memory_limit)
 
 
 def _require(holds: bool, message: str) -> None:
@@ -371,6 +379,19 @@ def _amount(flag: str, text: str, units: tuple[str, ...], example: str) -> tuple
     if match is None or unit not in ("seconds", *units) or not 0 < float(match["number"]) < math.inf:
         raise UserError(f"{flag} {text}: expected {example}")
     return float(match["number"]) * scale, unit
+
+
+_BYTES = {"mb": 10**6, "mib": 2**20, "gb": 10**9, "gib": 2**30}
+
+
+def byte_count(flag: str, text: str) -> int:
+    """Bytes of "11GB" or "10.5GiB", as `flag` gives them."""
+    match = _AMOUNT.fullmatch(text.strip())
+    scale = _BYTES.get(match["unit"].lower()) if match else None
+    count = float(match["number"]) * scale if scale else 0.0
+    if not 1 <= count < math.inf:
+        raise UserError(f"{flag} {text}: expected an amount like 11GB or 10.5GiB")
+    return int(count)
 
 
 @dataclass(frozen=True)

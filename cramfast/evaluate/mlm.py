@@ -16,7 +16,8 @@ RATE = 0.15
 _SEED = 15
 # The label where a sequence had no ordinary token left to hide.
 _IGNORED = -100
-_BATCH_TOKENS = 16_384
+BATCH_TOKENS = 16_384
+"""Tokens that are scored at a time."""
 # Enough for a standard error near 0.01 nats on a GPU; a CPU would spend its budget on them.
 _MOST_TOKENS = {"cuda": 262_144, "cpu": 16_384}
 
@@ -41,7 +42,7 @@ class HeldOut:
         cls, stream: TokenStream, pieces: PieceSource, max_length: int, special: SpecialIds, device: torch.device
     ) -> "HeldOut":
         """The first 262,144 tokens (16,384 on a CPU) of the held-out stream in the order of `pieces`."""
-        tokens = max(max_length, min(_BATCH_TOKENS, len(stream) // max_length * max_length))
+        tokens = max(max_length, min(BATCH_TOKENS, len(stream) // max_length * max_length))
         builder, cursor, batches = BatchBuilder(stream, pieces, tokens, max_length), Cursor(), []
         for number in range(max(1, min(_MOST_TOKENS[device.type], len(stream)) // tokens)):
             batch = builder.build(cursor).to(device)

@@ -1,4 +1,4 @@
-"""How large the batch is, and in how many microbatches it is computed."""
+"""How large the batch is, in how many microbatches it is computed, and what their layers save."""
 
 import time
 from collections.abc import Callable
@@ -6,50 +6,73 @@ from dataclasses import dataclass
 
 import torch
 
-from ..config import BatchOptions, Budget, PretrainOptions
+from ..config import Activations, BatchOptions, Budget, PretrainOptions
 from ..data.batches import BatchBuilder, Cursor, PieceSource
 from ..data.shards import TokenStream
 from ..errors import TrainingFailed
+from .memory import MemoryPlan, plan_memory
 from .schedule import suitable_batch
 from .step import TrainStep
 
 _CPU_MICROBATCH_TOKENS = 4096
-_MOST_MICROBATCH_TOKENS = 65_536
-_TOKENS_PER_GIB = 1024
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Sequences in a microbatch as planned, and microbatches in the full batch."""
+    """Sequences in a microbatch as planned, microbatches in the full batch, and what the layers save."""
 
     unit: int
     units: int
+    activations: Activations = "keep"
 
 
 def plan_batch(
-    options: PretrainOptions, step: TrainStep, stream: TokenStream, pieces: PieceSource, say: Callable[[str], None]
+    options: PretrainOptions,
+    step: TrainStep,
+    stream: TokenStream,
+    pieces: PieceSource,
+    memory: int | None,
+    say: Callable[[str], None],
 ) -> BatchPlan:
-    """The plan of `--batch-size` and `--microbatch-size`, or of what suits recipe, budget and device."""
-    length = options.batches.max_length
-    largest = options.batches.microbatch_size or max(1, _microbatch_tokens(step.device) // length)
-    batch = options.batches.batch_size
+    """The plan of `--batch-size`, `--microbatch-size` and `--activations`, or of what suits recipe, budget and device.
+
+    memory: bytes that the run may take of a GPU; None: no such limit. Leaves the model with the plan's activations.
+    """
+    length, batch = options.batches.max_length, options.batches.batch_size
+    first = _plan_microbatch(options, step, memory, options.batches.microbatch_size)
+    step.model.activations = first.activations
     if batch is None:
-        total = _expected_tokens(options, step, stream, pieces, min(largest * length, len(stream)))
+        total = _expected_tokens(options, step, stream, pieces, min(first.sequences * length, len(stream)))
         batch = max(1, min(suitable_batch(total), len(stream)) // length)
-    units = -(-batch // largest)
+    units = -(-batch // first.sequences)
     if options.batches.batch_size is None:
-        return BatchPlan(batch // units, units)
-    unit = -(-batch // units)
-    if unit * units != batch:
-        say(f"the batch is {unit * units} sequences instead of {batch}: {units} microbatches of {unit}")
-    return BatchPlan(unit, units)
+        unit = batch // units
+    else:
+        unit = -(-batch // units)
+        if unit * units != batch:
+            say(f"the batch is {unit * units} sequences instead of {batch}: {units} microbatches of {unit}")
+    # A microbatch that is smaller than it had to be may have room for more.
+    step.model.activations = _plan_microbatch(options, step, memory, unit).activations
+    return BatchPlan(unit, units, step.model.activations)
 
 
-def _microbatch_tokens(device: torch.device) -> int:
-    if device.type == "cpu":
-        return _CPU_MICROBATCH_TOKENS
-    memory_gib = torch.cuda.get_device_properties(device).total_memory / 2**30
-    return min(_MOST_MICROBATCH_TOKENS, int(memory_gib * _TOKENS_PER_GIB))
+def _plan_microbatch(
+    options: PretrainOptions, step: TrainStep, memory: int | None, sequences: int | None
+) -> MemoryPlan:
+    """The microbatch that fits into `memory` bytes, of just so many `sequences` where they are given."""
+    length = options.batches.max_length
+    activations = None if options.activations == "auto" else options.activations
+    if memory is None:
+        return MemoryPlan(sequences or max(1, _CPU_MICROBATCH_TOKENS // length), activations or "keep", 0)
+    return plan_memory(
+        step.model.config,
+        length,
+        options.batches.mask_rate,
+        getattr(torch, options.dtype),
+        memory,
+        activations=activations,
+        sequences=sequences,
+    )
 
 
 def _expected_tokens(

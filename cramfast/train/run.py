@@ -20,6 +20,7 @@ from ..kernels import OPERATORS, choose
 from ..model import Bert
 from .checkpoint import save_model, write_json
 from .loop import Setup, State, Stopped, StopSignals, Trainer
+from .memory import predict_bytes, usable_bytes
 from .plan import BatchPlan, plan_batch
 from .progress import Display, duration, plot_loss
 from .step import TrainStep
@@ -164,6 +165,7 @@ def _set_up(
     display: Display,
 ) -> Setup:
     """Model, optimizer, batches, and a batch size where none was given."""
+    memory = usable_bytes(device, options.memory_limit)
     torch.manual_seed(options.seed)
     model = Bert(config).to(device).train()
     continues = _continues(dataset, device) if options.batches.whole_words else None
@@ -171,7 +173,8 @@ def _set_up(
     step = TrainStep(model, options.optimizer, special, dtype, options.seed, **settings)
     stream, heldout = dataset.split("train"), dataset.split("heldout")
     pieces = _pieces(stream, options, dataset, special)
-    plan = decided or plan_batch(options, step, stream, pieces, display.say)
+    plan = decided or plan_batch(options, step, stream, pieces, memory, display.say)
+    model.activations = plan.activations
     length = options.batches.max_length
     batch = plan.unit * plan.units
     if not round(options.batches.mask_rate * plan.unit * length):
@@ -241,9 +244,20 @@ def _print_start(display: Display, setup: Setup, state: State) -> None:
     display.say(
         f"{options.preset}, {parameters / 1e6:.1f} M parameters, on {options.device} in {options.dtype}; "
         f"{options.recipe} recipe, {options.batches.layout} sequences of {options.batches.max_length}, "
-        f"batch {batch}{ramp} ({state.microbatch} at a time), lr {options.optimizer.lr:g} "
+        f"batch {batch}{ramp} ({_microbatch(setup, state)}), lr {options.optimizer.lr:g} "
         f"{RECIPES[options.recipe].schedule}, budget {options.budget}"
     )
+
+
+def _microbatch(setup: Setup, state: State) -> str:
+    """The microbatch in words, on a GPU with what its layers save and the memory that it should take."""
+    words, step, options = f"{state.microbatch} at a time", setup.step, setup.options
+    if step.device.type == "cpu":
+        return words
+    tokens, activations = state.microbatch * options.batches.max_length, setup.plan.activations
+    dtype = getattr(torch, options.dtype)
+    peak = predict_bytes(step.model.config, tokens, options.batches.mask_rate, dtype, activations)
+    return f"{words}, activations {activations}, {peak / 2**30:.1f} GiB predicted"
 
 
 def _print_summary(display: Display, folder: Path, dataset: Dataset) -> None:

@@ -25,7 +25,7 @@ FAMILIES = ("bert-mini", "crammed-bert", "cramfast-tiny")
 @pytest.fixture
 def heldout(monkeypatch) -> HeldOut:
     """Four batches of 72 tokens; the first document has special tokens alone."""
-    monkeypatch.setattr(mlm, "_BATCH_TOKENS", TOKENS)
+    monkeypatch.setattr(mlm, "BATCH_TOKENS", TOKENS)
     ids = np.random.default_rng(0).integers(*SPECIAL.ordinary, size=4 * TOKENS)
     ids[:20] = SPECIAL.sep
     stream = TokenStream([ids.astype(np.uint16)], np.array([20, 50, 57, 130, 200, len(ids)], dtype=np.uint64))

@@ -217,8 +217,8 @@ def _taken_by_loss(config: ModelConfig, predicted: int, item: int, memory: str) 
 
 
 def _evaluation_bytes(config: ModelConfig, item: int) -> int:
-    """What held-out text takes: autocast's copies of the matrices; of a layer the sum, the norm, the wide tensor and the
-    activation; the logits of `mlm_scores`."""
+    """What held-out text takes: autocast's copies of the matrices; of a layer the sum, the norm, the wide tensor and
+    the activation; the logits of `mlm_scores`."""
     _, matrices = _parameters(config)
     width = 2 * config.hidden_size + config.intermediate_size * (3 if config.activation == "geglu" else 2)
     return item * matrices + max(item * BATCH_TOKENS * width, _LOSS_BYTES["low"])

@@ -287,7 +287,7 @@ RECIPES: dict[str, Recipe] = {
 def resolve(options: PretrainOptions, has_gpu: bool) -> PretrainOptions:
     """Fill every None that the recipe, the preset or the kind of device decides, and refuse impossible combinations.
 
-    What depends on the speed of the machine (batch_size of the cramfast recipe, microbatch_size) stays None.
+    What depends on the machine (batch_size of the cramfast recipe, microbatch_size, memory_limit) stays None.
     """
     recipe = RECIPES[options.recipe]
     preset = options.preset or ("cramfast-small" if has_gpu else "cramfast-tiny")

@@ -531,6 +531,33 @@ def test_a_second_signal_in_the_middle_of_an_update_spoils_nothing(reference, co
     assert losses(out) == losses(reference.out)
 
 
+@pytest.mark.parametrize("decided", [{"activations": "layers"}, {}])
+def test_a_resumed_run_trains_as_it_was_planned(corpus, tmp_path, run_here, monkeypatch, decided):
+    out, command = tmp_path / "run", flags(corpus, tmp_path / "run", steps=8)
+    interrupt(monkeypatch, signal.SIGTERM, lambda count: count == 4)
+    assert run_here(*command).code == 128 + signal.SIGTERM
+    config = read_json(out / "config.json")
+    assert config["decided"].pop("activations") == "keep"
+    config["decided"] |= decided
+    (out / "config.json").write_text(json.dumps(config))
+
+    seen = set()
+    update = TrainStep.update
+    monkeypatch.setattr(TrainStep, "update", lambda self, lr: seen.add(self.model.activations) or update(self, lr))
+    assert run_here(*command).code == 0
+    planned = decided.get("activations", "keep")
+    assert seen == {planned}
+    assert read_json(out / "config.json")["decided"]["activations"] == planned
+
+
+def test_what_layers_save_changes_no_loss_of_a_run(corpus, tmp_path, run_here):
+    runs = {kind: tmp_path / kind for kind in ("auto", "lean", "layers")}
+    for kind, out in runs.items():
+        assert run_here(*flags(corpus, out, steps=8, activations=kind, memory_limit="11GB")).code == 0
+    assert read_json(runs["layers"] / "config.json")["decided"]["activations"] == "layers"
+    assert losses(runs["auto"]) == losses(runs["lean"]) == losses(runs["layers"])
+
+
 def test_time_spent_before_an_interruption_counts(corpus, tmp_path, run_here, monkeypatch):
     out = tmp_path / "run"
     short = flags(corpus, out, budget="3s", evals=1)

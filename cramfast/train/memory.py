@@ -59,7 +59,7 @@ _SPEED: dict[Activations, float] = {"keep": 1.0, "lean": 0.975, "layers": 0.75}
 _OVERHEAD_TOKENS = 2230
 
 # Share of the limit that is lost between the allocator's blocks.
-_GAPS = 0.04
+_GAPS = 0.05
 # Left on the card for kernels that are loaded later, and for whoever else uses it.
 _MARGIN_BYTES = 256 * _MIB
 
@@ -144,7 +144,7 @@ def predict_bytes(
     activations, loss: as `Bert` takes them, `loss` as its `memory`. Holds for the Triton kernels; what replaces them in
     float32 and on cards without bfloat16 may take more.
     """
-    parameters, matrices = _parameters(config)
+    parameters, matrices = parameter_counts(config)
     item, predicted = dtype.itemsize, round(rate * tokens)
     state = 4 * _FLOAT32 * parameters + (item * matrices if item < _FLOAT32 else 0)
     hidden, inner = item * config.hidden_size, item * config.intermediate_size
@@ -217,15 +217,17 @@ def _taken_by_loss(config: ModelConfig, predicted: int, item: int, memory: str) 
 
 
 def _evaluation_bytes(config: ModelConfig, item: int) -> int:
-    """What held-out text takes: autocast's copies of the matrices; of a layer the sum, the norm, the wide tensor and
-    the activation; the logits of `mlm_scores`."""
-    _, matrices = _parameters(config)
-    width = 2 * config.hidden_size + config.intermediate_size * (3 if config.activation == "geglu" else 2)
-    return item * matrices + max(item * BATCH_TOKENS * width, _LOSS_BYTES["low"])
+    """What held-out text takes: autocast's copies of the matrices, and a layer at work: what goes into it and comes out
+    of its halves, 4C, the network's wide tensor and activation, and in a pre-norm layer C and qkv, which it holds on
+    to."""
+    _, matrices = parameter_counts(config)
+    around = (8 if config.norm == "pre" else 4) * config.hidden_size
+    network = config.intermediate_size * (3 if config.activation == "geglu" else 2)
+    return item * (matrices + BATCH_TOKENS * (around + network))
 
 
 @functools.cache
-def _parameters(config: ModelConfig) -> tuple[int, int]:
+def parameter_counts(config: ModelConfig) -> tuple[int, int]:
     """Elements of all parameters, and of the matrices among them."""
     with torch.device("meta"):
         model = Bert(config)

@@ -9,6 +9,7 @@ import torch
 from cramfast.config import PRESETS, BatchOptions, PretrainOptions, resolve
 from cramfast.errors import UserError
 from cramfast.train import plan as planning
+from cramfast.train import run as running
 from cramfast.train.plan import BatchPlan, plan_batch
 
 PRESET = "crammed-bert"
@@ -85,3 +86,13 @@ def test_a_budget_of_time_is_timed_as_the_run_will_train(planned, step, monkeypa
     monkeypatch.setattr(planning.Budget, "parse", lambda text: planning.Budget(3600.0, "seconds"))
     planned(12)
     assert seen == [(256 * 128, "lean")]
+
+
+def test_a_run_on_a_gpu_begins_with_what_was_picked(step):
+    step.model.parameters = lambda: []
+    options = resolve(PretrainOptions(preset=PRESET, batches=BatchOptions(batch_size=2048)), has_gpu=True)
+    options = replace(options, dtype="bfloat16", device="cuda")
+    setup = SimpleNamespace(options=options, step=step, plan=BatchPlan(256, 8, "lean"))
+    said = []
+    running._print_start(SimpleNamespace(say=said.append), setup, SimpleNamespace(microbatch=256))
+    assert "batch 2048 (256 at a time, activations lean, 9.8 GiB predicted)" in said[0]

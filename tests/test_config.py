@@ -90,6 +90,12 @@ def test_defaults_suit_the_device(has_gpu, preset, budget):
     assert Budget.parse(options.budget) == Budget(budget, "seconds")
 
 
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_graphs_are_used_unless_unwanted(has_gpu):
+    assert resolve(PretrainOptions(), has_gpu).graphs
+    assert not resolve(PretrainOptions(graphs=False), has_gpu).graphs
+
+
 def test_more_of_the_built_in_corpus_is_held_out():
     assert resolve(PretrainOptions(), has_gpu=False).text.heldout_fraction == 0.05
     own = PretrainOptions(text=TextOptions(data=("a.txt",)))

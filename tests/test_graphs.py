@@ -341,7 +341,7 @@ def test_references_that_wait_for_the_device_train_without_graphs(reference):
     torch.testing.assert_close(*results, rtol=1e-4, atol=0)
     assert graphed.graphs.obstacle
     for name, tensor in state(eager).items():
-        assert (state(graphed)[name] - tensor).norm() <= 1e-3 * tensor.norm(), name
+        assert (state(graphed)[name] - tensor).norm() <= 1e-2 * tensor.norm(), name
 
 
 @needs_gpu

@@ -521,6 +521,29 @@ def interrupt(monkeypatch, number: int, when, times: int = 1) -> None:
     monkeypatch.setattr(TrainStep, "update", interrupted)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_run_on_a_gpu_is_the_same_without_graphs_and_with_a_stop(corpus, tmp_path, run_here, monkeypatch, dtype):
+    folders = whole, plain, stopped = [tmp_path / name for name in ("whole", "plain", "stopped")]
+    words = [flags(corpus, out, steps=40, device="cuda", dtype=dtype) for out in folders]
+    outcome = run_here(*words[0])
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "no CUDA graphs" not in outcome.out
+    outcome = run_here(*words[1], "--no-graphs")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "no CUDA graphs: not asked for" in outcome.out
+    with monkeypatch.context() as patch:
+        interrupt(patch, signal.SIGINT, lambda count: count == 17)
+        assert run_here(*words[2]).code == 130
+    assert 0 < last_step(stopped) < 40
+    outcome = run_here(*words[2])
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "resuming at step 17" in outcome.out
+    for out in (plain, stopped):
+        assert final_weights(out) == final_weights(whole)
+        assert losses(out) == losses(whole)
+
+
 def test_a_second_signal_in_the_middle_of_an_update_spoils_nothing(reference, corpus, tmp_path, run_here, monkeypatch):
     out = tmp_path / "run"
     interrupt(monkeypatch, signal.SIGINT, lambda count: count == 20, times=2)

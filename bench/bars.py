@@ -63,7 +63,10 @@ def _rotary(case: str) -> Bar:
     return Bar(f"varlen_attention/fwd+bwd/{case}-rotary", SPEED, 1 / 1.05, OURS, against_suffix=_suffix(case))
 
 
-def _step(case: str, measure: str, least: float, against: str = "") -> Bar:
+def _step(case: str, measure: str, least: float, against: str = "", lean: bool = False) -> Bar:
+    """A bar on a training step; lean: on the one that saves fewer activations, beside the same peer."""
+    if lean:
+        return Bar(f"step/train/{case}-lean", measure, least, against, against_suffix=_suffix(case))
     return Bar(f"step/train/{case}", measure, least, against)
 
 
@@ -102,7 +105,8 @@ BARS = (
     _step("crammed-bert-512x128", SPEED, 1.22, "plain-compile"),
     _step("crammed-bert-512x128", SPEED, 1.25, "cramming-original"),
     _step("crammed-bert-512x128", MATMUL, 0.60),
-    _step("crammed-bert-512x128", MEMORY, 1 / 0.65, "plain-compile"),
+    _step("crammed-bert-512x128", SPEED, 1.22, "plain-compile", lean=True),
+    _step("crammed-bert-512x128", MEMORY, 1 / 0.65, "plain-compile", lean=True),
     _step("crammed-bert-128x128", SPEED, 1.35, "plain-compile"),
     _step("bert-base-ragged-16-128", SPEED, 3.5, "hf-eager"),
     _step("bert-base-ragged-16-128", SPEED, 2.3, "hf-compile"),

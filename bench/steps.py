@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cramfast import kernels
-from cramfast.config import ModelConfig, OptimizerOptions
+from cramfast.config import Activations, ModelConfig, OptimizerOptions
 from cramfast.data.batches import Batch, Cursor
 from cramfast.data.tokenizer import SpecialIds
 from cramfast.model import Bert
@@ -97,6 +97,7 @@ class StepWork:
     """One microbatch of one model: `sequences` of `length` tokens, or of `shortest` to `length`, uniformly.
 
     `mib_per_place`: memory that the hungriest variant takes for a place of the padded batch, measured on an H200.
+    `activations`: what this project's model saves for the backward pass, as `Bert` takes it.
     """
 
     name: str
@@ -106,6 +107,7 @@ class StepWork:
     length: int
     mib_per_place: float
     shortest: int | None = None
+    activations: Activations = "keep"
 
     @property
     def work(self) -> str:
@@ -207,6 +209,7 @@ class OurStep:
 def _train_step(training: Training) -> TrainStep:
     """The step that `python -m cramfast.pretrain` takes."""
     model = initial_bert(training.work.config).to(training.device).train()
+    model.activations = training.work.activations
     special = _special_ids(training.work.config)
     return TrainStep(model, _OPTIMIZER, special, training.dtype, _MASK_SEED)
 

@@ -14,11 +14,12 @@ from .steps import OURS, StepWork, ordinary_peers
 
 _CRAMMED = {"config": PRESETS["crammed-bert"], "ordinary": PLAIN, "length": 128, "mib_per_place": 0.6}
 CRAMMED_512 = StepWork("crammed-bert-512x128", sequences=512, **_CRAMMED)
+CRAMMED_512_LEAN = StepWork("crammed-bert-512x128-lean", sequences=512, activations="lean", **_CRAMMED)
 CRAMMED_128 = StepWork("crammed-bert-128x128", sequences=128, **_CRAMMED)
 BERT_RAGGED = StepWork("bert-base-ragged-16-128", PRESETS["bert-base"], HF_BERT, 512, 128, 0.8, shortest=16)
 MODERNBERT = StepWork("modernbert-base-256x128", MODERNBERT_BASE, HF_MODERNBERT, 256, 128, 1.1)
 
-_ROWS = [(work, OURS) for work in (CRAMMED_512, CRAMMED_128, BERT_RAGGED)]
+_ROWS = [(work, OURS) for work in (CRAMMED_512, CRAMMED_512_LEAN, CRAMMED_128, BERT_RAGGED)]
 _ROWS += [(w, peer) for w in (CRAMMED_512, CRAMMED_128, BERT_RAGGED, MODERNBERT) for peer in ordinary_peers(w.ordinary)]
 
 

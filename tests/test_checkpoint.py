@@ -21,20 +21,20 @@ from cramfast.train.checkpoint import (
     save_model,
     write_json,
 )
-from cramfast.train.optimizer import AdamW
+from cramfast.train.optimizer import Optimizer
 from cramfast.train.weights import Weights
 
 CONFIG = ModelConfig(vocab_size=61, hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48, norm_bias=True)
 STATE = {"step": 7, "spent": {"seconds": 0.1 + 0.2, "tokens": 2**53 + 1, "flops": 1e300}, "cursor": [1, 2, 3]}
 
 
-def make_model(seed: int = 0, config: ModelConfig = CONFIG) -> tuple[Bert, AdamW]:
+def make_model(seed: int = 0, config: ModelConfig = CONFIG) -> tuple[Bert, Optimizer]:
     torch.manual_seed(seed)
     model = Bert(config)
-    return model, AdamW(Weights(model, torch.float32), OptimizerOptions(lr=1e-3))
+    return model, Optimizer(Weights(model, torch.float32), OptimizerOptions(lr=1e-3))
 
 
-def update(model: Bert, optimizer: AdamW) -> None:
+def update(model: Bert, optimizer: Optimizer) -> None:
     """One update from tokens that the random state decides."""
     weights = optimizer.weights
     ids = torch.randint(CONFIG.vocab_size, (24,))
@@ -44,14 +44,14 @@ def update(model: Bert, optimizer: AdamW) -> None:
     optimizer.update(torch.tensor(1e-3), torch.ones(()), torch.zeros(()))
 
 
-def trained(updates: int = 3) -> tuple[Bert, AdamW]:
+def trained(updates: int = 3) -> tuple[Bert, Optimizer]:
     model, optimizer = make_model()
     for _ in range(updates):
         update(model, optimizer)
     return model, optimizer
 
 
-def everything(model: Bert, optimizer: AdamW) -> dict[str, torch.Tensor]:
+def everything(model: Bert, optimizer: Optimizer) -> dict[str, torch.Tensor]:
     tensors = {**model.state_dict(), **optimizer.tensors(), "random": torch.get_rng_state()}
     return {name: tensor.clone() for name, tensor in tensors.items()}
 

@@ -29,9 +29,9 @@ class ProfileOptions:
     """Arithmetic of the matrix products. auto: bfloat16, float16 on older GPUs, float32 on a CPU."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where to train."""
-    activations: Activations = "keep"
-    """What the layers save for the backward pass: all that it reads; not what norms and activation functions put out
-    (lean); or nothing but their input (layers). What is not saved is computed again."""
+    activations: Activations | Literal["auto"] = "auto"
+    """What the layers save for the backward pass: all that it reads (keep); not what norms and activation functions put
+    out (lean); or nothing but their input (layers); the rest is computed again. auto: the fastest that fits."""
     steps: int = 5
     """Steps that are timed, and as many that are profiled."""
     out: Path | None = None
@@ -50,8 +50,8 @@ def _profile(options: ProfileOptions) -> int:
     batches = BatchOptions(
         max_length=options.max_length, microbatch_size=options.microbatch_size, mask_rate=options.mask_rate
     )
-    training = PretrainOptions(preset=options.preset, device=options.device, dtype=options.dtype, batches=batches)
-    profile(training, options.activations, options.steps, options.out)
+    settings = {name: getattr(options, name) for name in ("preset", "device", "dtype", "activations")}
+    profile(PretrainOptions(**settings, batches=batches), options.steps, options.out)
     return 0
 
 

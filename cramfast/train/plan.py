@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..config import Activations, BatchOptions, Budget, PretrainOptions
+from ..config import Activations, BatchOptions, Budget, ModelConfig, PretrainOptions
 from ..data.batches import BatchBuilder, Cursor, PieceSource
 from ..data.shards import TokenStream
 from ..errors import TrainingFailed
@@ -39,7 +39,7 @@ def plan_batch(
     memory: bytes that the run may take of a GPU; None: no such limit. Leaves the model with the plan's activations.
     """
     length, batch = options.batches.max_length, options.batches.batch_size
-    first = _plan_microbatch(options, step, memory, options.batches.microbatch_size)
+    first = plan_microbatch(options, step.model.config, memory, options.batches.microbatch_size)
     step.model.activations = first.activations
     if batch is None:
         total = _expected_tokens(options, step, stream, pieces, min(first.sequences * length, len(stream)))
@@ -52,20 +52,21 @@ def plan_batch(
         if unit * units != batch:
             say(f"the batch is {unit * units} sequences instead of {batch}: {units} microbatches of {unit}")
     # A microbatch that is smaller than it had to be may have room for more.
-    step.model.activations = _plan_microbatch(options, step, memory, unit).activations
+    step.model.activations = plan_microbatch(options, step.model.config, memory, unit).activations
     return BatchPlan(unit, units, step.model.activations)
 
 
-def _plan_microbatch(
-    options: PretrainOptions, step: TrainStep, memory: int | None, sequences: int | None
+def plan_microbatch(
+    options: PretrainOptions, config: ModelConfig, memory: int | None, sequences: int | None
 ) -> MemoryPlan:
-    """The microbatch that fits into `memory` bytes, of just so many `sequences` where they are given."""
+    """The microbatch that fits into `memory` bytes, of just so many `sequences` where they are given. options:
+    resolved, down to the dtype."""
     length = options.batches.max_length
     activations = None if options.activations == "auto" else options.activations
     if memory is None:
         return MemoryPlan(sequences or max(1, _CPU_MICROBATCH_TOKENS // length), activations or "keep", 0)
     return plan_memory(
-        step.model.config,
+        config,
         length,
         options.batches.mask_rate,
         getattr(torch, options.dtype),

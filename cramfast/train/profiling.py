@@ -28,7 +28,8 @@ from ..model import Bert
 from .checkpoint import write_json
 from .floors import StepSizes, Work, definition
 from .kinds import Kind, classify, own_kernels
-from .plan import _microbatch_tokens
+from .memory import usable_bytes
+from .plan import plan_microbatch
 from .step import TrainStep
 
 # The first compiles and captures graphs, the others bring caches and clocks to where they stay.
@@ -109,14 +110,14 @@ class Profile:
         return self.flops / self.seconds / self.limits.matmul_rate
 
 
-def profile(options: PretrainOptions, activations: Activations, steps: int, out: Path | None) -> None:
+def profile(options: PretrainOptions, steps: int, out: Path | None) -> None:
     """Run `python -m cramfast.profile`. Of `options` the model, device, dtype and microbatch count; steps: as many are
     timed, and as many profiled. out: a JSON file to write. Raises UserError for bad input."""
     options = resolve(options, has_gpu(options.device))
     if steps < 1:
         raise UserError(f"--steps {steps}: expected at least 1")
     _check_out(out)
-    found = measure(options, activations, steps)
+    found = measure(options, steps)
     show(found, Console(highlight=False, soft_wrap=True))
     if out is not None:
         try:
@@ -133,14 +134,16 @@ def _check_out(out: Path | None) -> None:
         raise UserError(f"--out {out}: there is no folder {out.parent}")
 
 
-def measure(options: PretrainOptions, activations: Activations, steps: int) -> Profile:
+def measure(options: PretrainOptions, steps: int) -> Profile:
     """Train on one microbatch again and again, and see where the time goes. options: resolved. Raises UserError where
     it does not fit or cannot run."""
     device = pick_device(options.device)
     dtype = pick_dtype(device, options.dtype)
     backends = _backends(device)
     batches, config = options.batches, PRESETS[options.preset]
-    sequences = batches.microbatch_size or max(1, _microbatch_tokens(device) // batches.max_length)
+    options = replace(options, dtype=str(dtype).removeprefix("torch."))
+    plan = plan_microbatch(options, config, usable_bytes(device, None), batches.microbatch_size)
+    sequences, activations = plan.sequences, plan.activations
     tokens = sequences * batches.max_length
     if not round(batches.mask_rate * tokens):
         raise UserError(f"--mask-rate {batches.mask_rate}: hides none of the {tokens} tokens of a microbatch")
@@ -167,7 +170,7 @@ def measure(options: PretrainOptions, activations: Activations, steps: int) -> P
         "microbatch_size": sequences,
         "max_length": batches.max_length,
         "mask_rate": batches.mask_rate,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": options.dtype,
         "device": device.type,
         "activations": activations,
         "without_graphs": step.graphs.obstacle,

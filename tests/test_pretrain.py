@@ -317,7 +317,7 @@ def test_exactly_the_rate_of_the_tokens_is_masked(corpus, tmp_path, run_here, mo
 
     def spy(input_ids, cu_seqlens, count, **settings):
         ids, positions, labels = original(input_ids, cu_seqlens, count, **settings)
-        masked.append((settings["step"], input_ids.numel(), len(positions.unique()), int((labels == -100).sum())))
+        masked.append((int(settings["step"]), input_ids.numel(), len(positions.unique()), int((labels == -100).sum())))
         return ids, positions, labels
 
     monkeypatch.setattr(step_module, "mask_tokens", spy)

@@ -197,6 +197,8 @@ class RunOptions:
     """Newest checkpoints kept."""
     log_every: str = "1s"
     """Time or number of updates between lines of metrics.jsonl."""
+    graphs: bool = True
+    """Run each step as a CUDA graph: less work for the host, the same numbers."""
 
 
 @dataclass(frozen=True)
@@ -216,8 +218,6 @@ class PretrainOptions:
     """Where to train."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Arithmetic of the matrix products. auto: bfloat16, float16 with loss scaling on older GPUs, float32 on a CPU."""
-    graphs: bool = True
-    """Run each step as a CUDA graph: less work for the host, the same numbers."""
     activations: Literal["auto", "keep", "lean", "layers"] = "auto"
     """What the forward pass leaves for the backward pass: keep: all it reads; lean: not what it writes again in
     passing; layers: each layer's input alone, a quarter slower. auto: on a GPU the fastest that fits, else keep."""

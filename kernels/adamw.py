@@ -15,7 +15,7 @@ import functools
 
 import torch
 
-from .arguments import expect_floating, expect_like, say
+from .arguments import expect_like, say
 from .dispatch import pick, register
 from .language import tl, triton
 from .launch import Launch, catalogue, ceil_div, dtype_of
@@ -136,7 +136,7 @@ def adamw(
 ) -> None:
     """Update weight (N,) in place, with its moments first and second, by gradient. All (N,), float32 and contiguous.
 
-    rates: from `adamw_rates`. working: (N,) in any floating dtype, gets the new weights rounded. Nothing is copied to
+    rates: from `adamw_rates`. working: (N,), float32 or 16-bit, gets the new weights rounded. Nothing is copied to
     the host. Raises ValueError for a shape, device or layout, TypeError for a dtype that does not fit.
     """
     if weight.dim() != 1:
@@ -149,7 +149,8 @@ def adamw(
     expect_like(_NAME, "rates", rates, (5,), weight.new_empty(0, dtype=torch.float32))
     tensors["rates"] = rates
     if working is not None:
-        expect_floating(_NAME, "working", working)
+        if not working.dtype.is_floating_point or working.dtype.itemsize > weight.dtype.itemsize:
+            raise TypeError(f"{_NAME}: working is {say(working.dtype)}, expected {say(weight.dtype)} or a 16-bit one")
         expect_like(_NAME, "working", working, weight.shape, weight.new_empty(0, dtype=working.dtype))
         tensors["working"] = working
     for name, tensor in tensors.items():

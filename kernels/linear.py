@@ -2,7 +2,8 @@
 
 Who accumulates gradients over microbatches keeps one float32 buffer a weight. A weight that carries it as its attribute
 `main_grad` gets dW = dzᵀ x added there by the matrix product itself: no 16-bit gradient is written, read and added.
-While its attribute `replaces_main_grad` is true, dW takes the place of what was there, which saves clearing it.
+Where its attribute `replaces_main_grad` is true, dW takes the place of what was there, which saves clearing it, and the
+attribute becomes false.
 
 What stands before the product can be part of it. Then the forward pass saves the input of the norm or activation alone,
 and the backward pass, which reads that anyway, writes the product's input once more:
@@ -98,7 +99,9 @@ def _remember(ctx, weight, bias):
 
 def _collect(ctx, dz, x):
     """Add the weight's gradient to what is collected."""
-    add_product(ctx.weight.main_grad, dz.t(), x, first=getattr(ctx.weight, "replaces_main_grad", False))
+    weight = ctx.weight
+    add_product(weight.main_grad, dz.t(), x, first=getattr(weight, "replaces_main_grad", False))
+    weight.replaces_main_grad = False
 
 
 def _product(x, weight, bias):

@@ -16,7 +16,7 @@ import functools
 
 import torch
 
-from .arguments import expect_floating, expect_like
+from .arguments import expect_like, say
 from .dispatch import pick, register
 from .language import tl, triton
 from .launch import Launch, catalogue, ceil_div, dtype_of
@@ -135,7 +135,7 @@ def muon_direction(
 ) -> None:
     """Update momentum (N,) by gradient (N,), and write what is to be orthogonalised to direction (N,).
 
-    gradient and momentum are float32, direction is of any floating dtype, rates from `adamw_rates`; all contiguous.
+    gradient and momentum are float32, direction is that or of 16 bits, rates from `adamw_rates`; all contiguous.
     Where the update is to be skipped direction is not written. Raises ValueError for a shape, device or layout,
     TypeError for a dtype that does not fit.
     """
@@ -156,7 +156,7 @@ def muon_update(
 ) -> None:
     """Update weight (N,), float32, in place along direction (N,), times the learning rate and `scale`.
 
-    working: (N,) in any floating dtype, gets the new weights rounded. rates and errors as in `muon_direction`.
+    working: (N,), float32 or 16-bit, gets the new weights rounded. rates and errors as in `muon_direction`.
     """
     rounded = {"direction": direction} | ({} if working is None else {"working": working})
     _expect({"weight": weight}, rounded, rates)
@@ -170,7 +170,8 @@ def _expect(wide: dict[str, torch.Tensor], rounded: dict[str, torch.Tensor], rat
     if first.dim() != 1:
         raise ValueError(f"{_NAME}: {next(iter(wide))} has shape {tuple(first.shape)}, expected (N,)")
     for name, tensor in (wide | rounded).items():
-        expect_floating(_NAME, name, tensor)
+        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize > first.dtype.itemsize:
+            raise TypeError(f"{_NAME}: {name} is {say(tensor.dtype)}, expected {say(first.dtype)} or a 16-bit one")
         like = first if name in wide else first.new_empty(0, dtype=tensor.dtype)
         expect_like(_NAME, name, tensor, first.shape, like)
         if not tensor.is_contiguous():

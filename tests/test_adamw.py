@@ -290,7 +290,7 @@ WRONG = [
     ({"rates": lambda: torch.ones(5).double()}, TypeError, "rates is float64, expected float32"),
     ({"rates": lambda: torch.ones(5, device="meta")}, ValueError, "rates is on meta, expected"),
     ({"rates": lambda: torch.ones(10)[::2]}, ValueError, r"rates has stride \(2,\), expected it contiguous"),
-    ({"working": lambda: torch.ones(8).long()}, TypeError, "working is int64, expected a floating dtype"),
+    ({"working": lambda: torch.ones(8).long()}, TypeError, "working is int64, expected float32 or a 16-bit one"),
 ]
 
 

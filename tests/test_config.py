@@ -92,8 +92,8 @@ def test_defaults_suit_the_device(has_gpu, preset, budget):
 
 @pytest.mark.parametrize("has_gpu", [True, False])
 def test_graphs_are_used_unless_unwanted(has_gpu):
-    assert resolve(PretrainOptions(), has_gpu).graphs
-    assert not resolve(PretrainOptions(graphs=False), has_gpu).graphs
+    assert resolve(PretrainOptions(), has_gpu).run.graphs
+    assert not resolve(PretrainOptions(run=RunOptions(graphs=False)), has_gpu).run.graphs
 
 
 def test_more_of_the_built_in_corpus_is_held_out():

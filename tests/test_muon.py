@@ -117,7 +117,7 @@ def test_it_gives_the_same_bits_every_time():
         ({"momentum": torch.zeros(9)}, ValueError, r"momentum has shape \(9,\), expected \(10,\)"),
         ({"momentum": torch.zeros(10).half()}, TypeError, "momentum is float16, expected float32"),
         ({"direction": torch.zeros(20)[::2]}, ValueError, r"direction has stride \(2,\), expected it contiguous"),
-        ({"direction": torch.zeros(10).int()}, TypeError, "direction is int32, expected a floating dtype"),
+        ({"direction": torch.zeros(10).int()}, TypeError, "direction is int32, expected float32 or a 16-bit one"),
         ({"rates": torch.zeros(4)}, ValueError, r"rates has shape \(4,\), expected \(5,\)"),
     ],
 )

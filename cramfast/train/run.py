@@ -169,7 +169,7 @@ def _set_up(
     torch.manual_seed(options.seed)
     model = Bert(config).to(device).train()
     continues = _continues(dataset, device) if options.batches.whole_words else None
-    settings = {"continues": continues, "graphs": options.graphs}
+    settings = {"continues": continues, "graphs": options.run.graphs}
     step = TrainStep(model, options.optimizer, special, dtype, options.seed, **settings)
     stream, heldout = dataset.split("train"), dataset.split("heldout")
     pieces = _pieces(stream, options, dataset, special)

@@ -136,7 +136,7 @@ class TrainStep:
         self.weights.start_gradient(anew=first)
         arguments = ([*self._leaves.values()], self._share, self.loss_scale, *arguments)
         loss, gradients = functional_call(self._both, self._leaves, arguments)
-        self.weights.take(gradients, anew=first)
+        self.weights.take(gradients)
         self._loss += loss
 
     def update(self, lr: float) -> StepResult:

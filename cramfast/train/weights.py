@@ -101,20 +101,23 @@ class Weights:
         """Say what the next gradients do with those already here: take their place, or join them."""
         for leaf in self.leaves.values():
             leaf.replaces_main_grad = anew
-
-    def take(self, gradients: Iterable[torch.Tensor | None], anew: bool) -> None:
-        """Add one gradient for each of `leaves`, in their order; None where a product has added it to the leaf's
-        `main_grad`, or a parameter has no part in the loss."""
-        found = [(leaf.main_grad, g) for leaf, g in zip(self.leaves.values(), gradients, strict=True) if g is not None]
-        small = [(total, g) for total, g in found if total.ndim < 2]
         if anew:
-            # For torch to add a list of tensors is one kernel, to copy it is one for each.
+            # The matrices' products write theirs; for torch to add to all vectors is one kernel, to copy one for each.
             self.gradient[self.decayed :].zero_()
-        if small:
-            torch._foreach_add_(*map(list, zip(*small, strict=True)))
-        for total, g in found:
-            if total.ndim >= 2:
-                total.copy_(g) if anew else total.add_(g)
+
+    def take(self, gradients: Iterable[torch.Tensor | None]) -> None:
+        """Collect one gradient for each of `leaves`, in their order; None where a product has added it to the leaf's
+        `main_grad`, or a parameter has no part in the loss."""
+        vectors = []
+        for leaf, gradient in zip(self.leaves.values(), gradients, strict=True):
+            if leaf.ndim >= 2 and leaf.replaces_main_grad:
+                leaf.main_grad.zero_() if gradient is None else leaf.main_grad.copy_(gradient)
+            elif leaf.ndim >= 2 and gradient is not None:
+                leaf.main_grad.add_(gradient)
+            elif gradient is not None:
+                vectors.append((leaf.main_grad, gradient))
+        if vectors:
+            torch._foreach_add_(*map(list, zip(*vectors, strict=True)))
 
 
 def _lay_out(parameters: dict[str, nn.Parameter]) -> tuple[dict[str, Place], int, int, int]:

@@ -3,7 +3,8 @@
 T tokens of a microbatch, M of them predicted, C hidden size, I intermediate size, W = 2I for GEGLU and else I, H heads,
 D head size, V vocabulary. The step's peak is what is always there,
 
-    weights     float32: master, gradient and AdamW's two moments; in 16 bits: working copies of the matrices
+    weights     float32: master, gradient and AdamW's two moments, though Muon has one; in 16 bits: copies of the
+                matrices
     constant    cuBLAS's workspaces; ids, positions and statistics, a few bytes a token
 
 and the largest of three moments. A layer saves for each token, in the dtype of the matrix products:

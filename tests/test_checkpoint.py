@@ -40,7 +40,7 @@ def update(model: Bert, optimizer: Optimizer) -> None:
     ids = torch.randint(CONFIG.vocab_size, (24,))
     loss = model(ids, torch.tensor([0, 10, 24], dtype=torch.int32), 14, torch.arange(0, 24, 4), ids[::4])
     weights.start_gradient(anew=True)
-    weights.take(torch.autograd.grad(loss, [*weights.leaves.values()], allow_unused=True), anew=True)
+    weights.take(torch.autograd.grad(loss, [*weights.leaves.values()], allow_unused=True))
     optimizer.update(torch.tensor(1e-3), torch.ones(()), torch.zeros(()))
 
 

@@ -137,9 +137,9 @@ def test_every_operator_with_kernels_has_them_compiled_here(operator, monkeypatc
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         files = {launch.kernel.fn.__module__ for launch in every_launch(dtype, 90)}
         # The weights that are updated are float32 whatever the activations are.
-        computed = torch.float32 if operator == "adamw" else dtype
+        computed = torch.float32 if operator in ("adamw", "muon") else dtype
         has_kernels = kernels.choose(operator, device, computed).backend == "triton"
-        module = getattr(kernels, operator).__module__
+        module = getattr(kernels, {"muon": "muon_update"}.get(operator, operator)).__module__
         assert has_kernels == any(file.startswith(module) for file in files)
 
 

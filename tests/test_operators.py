@@ -500,9 +500,11 @@ def attention_calls():
             source = turned if turned.numel() else qkv
             yield "varlen_attention_backward", (dout, source, out, lse, groups, bounds, *options)
 
+    yield "orthogonalise", (randn(2, 40, 24), 5, torch.float32)
+
 
 # What of an operator's arguments has a gradient, where that is not every floating one.
-DIFFERENTIABLE = {"group_sequences": 0, "token_angles": 0, "varlen_attention": 1, "mlm_scores": 0}
+DIFFERENTIABLE = {"group_sequences": 0, "token_angles": 0, "varlen_attention": 1, "mlm_scores": 0, "orthogonalise": 0}
 
 
 @pytest.mark.parametrize("name", REGISTERED)

@@ -210,7 +210,8 @@ def test_cramfast_reaches_the_operators_by_their_public_names(path):
 
 
 def test_every_operator_and_its_reference_are_public():
-    operators = cramfast.kernels.OPERATORS
+    # Muon is two functions, before and after `orthogonalise`.
+    operators = {*cramfast.kernels.OPERATORS, "muon_direction", "muon_update"} - {"muon"}
     names = {*operators, *(f"{name}_reference" for name in operators)}
     assert names <= set(cramfast.kernels.__all__)
     assert all(callable(getattr(cramfast.kernels, name)) for name in names)

@@ -15,10 +15,10 @@ import functools
 
 import torch
 
-from .arguments import expect_like, say
+from .arguments import expect_flat
 from .dispatch import pick, register
 from .language import tl, triton
-from .launch import Launch, catalogue, ceil_div, dtype_of
+from .launch import Launch, catalogue, ceil_div, dtype_of, size_type
 
 _NAME = "adamw"
 
@@ -35,7 +35,7 @@ def adamw_rates(
     """The numbers that an update goes by, float32 (5,), from scalars on the device.
 
     updates: how many there will have been after this one. factor: what gradients are multiplied by. skipped: 1 where
-    nothing but the gradient may change, else 0.
+    nothing may change, else 0.
     """
     # In float64: 1 − β₂ⁿ loses half its digits in float32 while n is small.
     count = updates.double()
@@ -93,12 +93,10 @@ def _adamw_kernel(
 
 @functools.lru_cache
 def launch_for(working_dtype: torch.dtype | None, whole_vectors: bool = True) -> Launch:
-    """The kernel, with weights rounded to `working_dtype` beside the update (None: without). whole_vectors: the size is
-    a multiple of 16, without which the mask would keep loads from being wide."""
+    """The kernel, with weights rounded to `working_dtype` beside the update (None: without)."""
     pointers = (torch.float32,) * 4 + (working_dtype, torch.float32)
-    size = "i64:16" if whole_vectors else "i64"
     # Two loads of 16 bytes a thread from each of four buffers are under way at once.
-    return Launch(_adamw_kernel, pointers, (size,) + ("fp32",) * 6, {"BLOCK": 1024}, 4)
+    return Launch(_adamw_kernel, pointers, (size_type(whole_vectors),) + ("fp32",) * 6, {"BLOCK": 1024}, 4)
 
 
 @catalogue
@@ -139,23 +137,8 @@ def adamw(
     rates: from `adamw_rates`. working: (N,), float32 or 16-bit, gets the new weights rounded. Nothing is copied to
     the host. Raises ValueError for a shape, device or layout, TypeError for a dtype that does not fit.
     """
-    if weight.dim() != 1:
-        raise ValueError(f"{_NAME}: weight has shape {tuple(weight.shape)}, expected (N,)")
-    if not weight.dtype.is_floating_point or weight.dtype.itemsize < 4:
-        raise TypeError(f"{_NAME}: weight is {say(weight.dtype)}, expected float32")
-    tensors = {"weight": weight, "gradient": gradient, "first": first, "second": second}
-    for name, tensor in tensors.items():
-        expect_like(_NAME, name, tensor, weight.shape, weight)
-    expect_like(_NAME, "rates", rates, (5,), weight.new_empty(0, dtype=torch.float32))
-    tensors["rates"] = rates
-    if working is not None:
-        if not working.dtype.is_floating_point or working.dtype.itemsize > weight.dtype.itemsize:
-            raise TypeError(f"{_NAME}: working is {say(working.dtype)}, expected {say(weight.dtype)} or a 16-bit one")
-        expect_like(_NAME, "working", working, weight.shape, weight.new_empty(0, dtype=working.dtype))
-        tensors["working"] = working
-    for name, tensor in tensors.items():
-        if not tensor.is_contiguous():
-            raise ValueError(f"{_NAME}: {name} has stride {tensor.stride()}, expected it contiguous")
+    buffers = {"weight": weight, "gradient": gradient, "first": first, "second": second}
+    expect_flat(_NAME, buffers, {} if working is None else {"working": working}, rates)
     run = pick(_NAME, weight, adamw_reference)
     options = {"beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
     run(weight, gradient, first, second, rates, working, **options)

@@ -92,6 +92,28 @@ def expect_int(operator: str, name: str, value: int, least: int) -> None:
         raise ValueError(f"{operator}: {name} is {value}, expected at least {least}")
 
 
+def expect_flat(
+    operator: str, buffers: dict[str, torch.Tensor], rounded: dict[str, torch.Tensor], rates: torch.Tensor
+) -> None:
+    """What an optimizer works on: `buffers` (N,) in one dtype, float32 or wider, `rounded` (N,) in that or a narrower
+    one, and rates, float32 (5,); all contiguous. Raises ValueError for a shape, device or layout, else TypeError."""
+    name, first = next(iter(buffers.items()))
+    if first.dim() != 1:
+        raise ValueError(f"{operator}: {name} has shape {tuple(first.shape)}, expected (N,)")
+    if not first.dtype.is_floating_point or first.dtype.itemsize < 4:
+        raise TypeError(f"{operator}: {name} is {say(first.dtype)}, expected float32")
+    for name, tensor in buffers.items():
+        expect_like(operator, name, tensor, first.shape, first)
+    for name, tensor in rounded.items():
+        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize > first.dtype.itemsize:
+            raise TypeError(f"{operator}: {name} is {say(tensor.dtype)}, expected {say(first.dtype)} or a 16-bit one")
+        expect_like(operator, name, tensor, first.shape, first.new_empty(0, dtype=tensor.dtype))
+    expect_like(operator, "rates", rates, (5,), first.new_empty(0, dtype=torch.float32))
+    for name, tensor in (buffers | rounded | {"rates": rates}).items():
+        if not tensor.is_contiguous():
+            raise ValueError(f"{operator}: {name} has stride {tensor.stride()}, expected it contiguous")
+
+
 def expect_device(operator: str, name: str, tensor: torch.Tensor, like: torch.Tensor) -> None:
     """Raises ValueError unless `tensor` is where `like` is."""
     if tensor.device != like.device:

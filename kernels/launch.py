@@ -103,6 +103,12 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def size_type(whole_vectors: bool) -> str:
+    """The entry for a number of elements in `Launch.scalars`. whole_vectors: it is a multiple of 16, without which a
+    mask that it makes keeps every load narrow."""
+    return f"i64:{_ALIGNMENT}" if whole_vectors else "i64"
+
+
 def has_data(tensor: torch.Tensor) -> bool:
     """Whether there is something to compute: not for the tensors with which torch.compile finds out shapes."""
     return not (isinstance(tensor, FakeTensor) or tensor.is_meta)

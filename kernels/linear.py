@@ -68,7 +68,7 @@ class _GegluLinear(torch.autograd.Function):
         du, again = geglu_backward(dz @ ctx.weight, u, ctx.approximate, recompute, in_place=recompute)
         if recompute:
             torch.autograd.graph.increment_version(u)
-        _collect(ctx, dz, again if x is None else x)
+        _collect(ctx, dz, again if recompute else x)
         return du, None, _bias_gradient(ctx, dz), None, None
 
 

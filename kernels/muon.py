@@ -16,10 +16,10 @@ import functools
 
 import torch
 
-from .arguments import expect_like, say
+from .arguments import expect_flat
 from .dispatch import pick, register
 from .language import tl, triton
-from .launch import Launch, catalogue, ceil_div, dtype_of
+from .launch import Launch, catalogue, ceil_div, dtype_of, size_type
 
 _NAME = "muon"
 _GAIN = 1024.0
@@ -88,10 +88,10 @@ def _update_kernel(
 
 @functools.lru_cache
 def direction_launch(direction_dtype: torch.dtype, whole_vectors: bool) -> Launch:
-    """The first kernel. whole_vectors: the size is a multiple of 16, without which no load is wide."""
+    """The first kernel."""
     pointers = (torch.float32, torch.float32, direction_dtype, torch.float32)
     return Launch(
-        _direction_kernel, pointers, (_size(whole_vectors), "fp32"), {"GAIN": _GAIN, "BLOCK": _BLOCK}, _NUM_WARPS
+        _direction_kernel, pointers, (size_type(whole_vectors), "fp32"), {"GAIN": _GAIN, "BLOCK": _BLOCK}, _NUM_WARPS
     )
 
 
@@ -99,12 +99,8 @@ def direction_launch(direction_dtype: torch.dtype, whole_vectors: bool) -> Launc
 def update_launch(direction_dtype: torch.dtype, working_dtype: torch.dtype | None, whole_vectors: bool) -> Launch:
     """The second kernel; working_dtype None: without rounded weights."""
     pointers = (torch.float32, direction_dtype, working_dtype, torch.float32)
-    scalars = (_size(whole_vectors), "fp32", "fp32")
+    scalars = (size_type(whole_vectors), "fp32", "fp32")
     return Launch(_update_kernel, pointers, scalars, {"BLOCK": _BLOCK}, _NUM_WARPS)
-
-
-def _size(whole_vectors: bool) -> str:
-    return "i64:16" if whole_vectors else "i64"
 
 
 @catalogue
@@ -139,7 +135,7 @@ def muon_direction(
     Where the update is to be skipped direction is not written. Raises ValueError for a shape, device or layout,
     TypeError for a dtype that does not fit.
     """
-    _expect({"gradient": gradient, "momentum": momentum}, {"direction": direction}, rates)
+    expect_flat(_NAME, {"gradient": gradient, "momentum": momentum}, {"direction": direction}, rates)
     run, _ = pick(_NAME, gradient, (muon_direction_reference, muon_update_reference))
     run(gradient, momentum, rates, direction, beta=beta)
 
@@ -159,21 +155,6 @@ def muon_update(
     working: (N,), float32 or 16-bit, gets the new weights rounded. rates and errors as in `muon_direction`.
     """
     rounded = {"direction": direction} | ({} if working is None else {"working": working})
-    _expect({"weight": weight}, rounded, rates)
+    expect_flat(_NAME, {"weight": weight}, rounded, rates)
     _, run = pick(_NAME, weight, (muon_direction_reference, muon_update_reference))
     run(weight, direction, rates, working, scale=scale, weight_decay=weight_decay)
-
-
-def _expect(wide: dict[str, torch.Tensor], rounded: dict[str, torch.Tensor], rates: torch.Tensor) -> None:
-    """`wide` are of one dtype, `rounded` of others, all of one shape (N,)."""
-    first = next(iter(wide.values()))
-    if first.dim() != 1:
-        raise ValueError(f"{_NAME}: {next(iter(wide))} has shape {tuple(first.shape)}, expected (N,)")
-    for name, tensor in (wide | rounded).items():
-        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize > first.dtype.itemsize:
-            raise TypeError(f"{_NAME}: {name} is {say(tensor.dtype)}, expected {say(first.dtype)} or a 16-bit one")
-        like = first if name in wide else first.new_empty(0, dtype=tensor.dtype)
-        expect_like(_NAME, name, tensor, first.shape, like)
-        if not tensor.is_contiguous():
-            raise ValueError(f"{_NAME}: {name} has stride {tensor.stride()}, expected it contiguous")
-    expect_like(_NAME, "rates", rates, (5,), first.new_empty(0, dtype=torch.float32))

@@ -12,7 +12,7 @@ from torch import nn
 from cramfast import kernels
 from cramfast.config import Activations, ModelConfig, OptimizerOptions
 from cramfast.data.batches import Batch, Cursor
-from cramfast.data.tokenizer import SpecialIds
+from cramfast.data.random_words import random_words, special_ids_of
 from cramfast.model import Bert
 from cramfast.train.step import TrainStep
 
@@ -143,17 +143,10 @@ def _predicted(tokens: int) -> int:
     return round(_MASK_RATE * tokens)
 
 
-def _special_ids(config: ModelConfig) -> SpecialIds:
-    return SpecialIds(pad=0, cls=2, sep=3, mask=4, ordinary=(5, config.vocab_size))
-
-
 def masked_batch(work: StepWork, device: torch.device) -> MaskedBatch:
     """Ordinary words by Zipf's law, masked as `TrainStep` masks its first microbatch; always the same."""
-    special, counts = _special_ids(work.config), work.counts()
-    generator = torch.Generator().manual_seed(0)
-    first, end = special.ordinary
-    frequency = 1 / torch.arange(1, end - first + 1, dtype=torch.float64)
-    ids = first + torch.multinomial(frequency, int(counts.sum()), replacement=True, generator=generator)
+    special, counts = special_ids_of(work.config.vocab_size), work.counts()
+    ids = random_words(special, int(counts.sum()))
     ids, ends = ids.to(device), nn.functional.pad(counts.cumsum(0), (1, 0)).to(device, torch.int32)
     masked_ids, positions, labels = kernels.mask_tokens(
         ids, ends, _predicted(len(ids)), mask_id=special.mask, ordinary=special.ordinary, seed=_MASK_SEED, step=0
@@ -210,7 +203,7 @@ def _train_step(training: Training) -> TrainStep:
     """The step that `python -m cramfast.pretrain` takes."""
     model = initial_bert(training.work.config).to(training.device).train()
     model.activations = training.work.activations
-    special = _special_ids(training.work.config)
+    special = special_ids_of(training.work.config.vocab_size)
     return TrainStep(model, _OPTIMIZER, special, training.dtype, _MASK_SEED)
 
 

@@ -13,6 +13,7 @@ import torch
 
 from . import __version__
 from .errors import UserError
+from .kernels import OPERATORS, choose
 
 _CLASSES = {
     (7, 5): "sm_75: Turing, no bf16",
@@ -37,6 +38,15 @@ def has_gpu(wish: str = "auto") -> bool:
 def pick_device(wish: str = "auto") -> torch.device:
     """The device of `--device WISH`."""
     return torch.device("cuda", torch.cuda.current_device()) if has_gpu(wish) else torch.device("cpu")
+
+
+def operator_backends(device: torch.device) -> set[str]:
+    """Who computes the operators there, "triton" or "reference". Raises UserError when CRAMFAST_KERNELS asks for what
+    cannot run."""
+    try:
+        return {choose(operator, device).backend for operator in OPERATORS}
+    except (ValueError, RuntimeError) as error:
+        raise UserError(str(error)) from error
 
 
 def pick_dtype(device: torch.device, wish: str = "auto") -> torch.dtype:

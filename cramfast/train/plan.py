@@ -9,7 +9,7 @@ import torch
 from ..config import Activations, BatchOptions, Budget, ModelConfig, PretrainOptions
 from ..data.batches import BatchBuilder, Cursor, PieceSource
 from ..data.shards import TokenStream
-from ..errors import TrainingFailed
+from ..errors import TrainingFailed, UserError
 from .memory import MemoryPlan, plan_memory
 from .schedule import suitable_batch
 from .step import TrainStep
@@ -74,6 +74,12 @@ def plan_microbatch(
         activations=activations,
         sequences=sequences,
     )
+
+
+def check_mask_rate(rate: float, tokens: int) -> None:
+    """Raise UserError when none of the `tokens` of a microbatch is predicted."""
+    if not round(rate * tokens):
+        raise UserError(f"--mask-rate {rate}: hides none of the {tokens} tokens of a microbatch")
 
 
 def _expected_tokens(

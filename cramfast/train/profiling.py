@@ -20,16 +20,26 @@ from torch.profiler import ProfilerActivity, record_function
 
 from ..config import PRESETS, Activations, ModelConfig, PretrainOptions, resolve
 from ..data.batches import Batch, Cursor
+from ..data.random_words import random_words, special_ids_of
 from ..data.tokenizer import SpecialIds
-from ..device import copy_rate, environment, has_gpu, matmul_rate, peak_memory_mib, pick_device, pick_dtype
+from ..device import (
+    copy_rate,
+    environment,
+    has_gpu,
+    matmul_rate,
+    operator_backends,
+    peak_memory_mib,
+    pick_device,
+    pick_dtype,
+)
 from ..errors import UserError
-from ..kernels import OPERATORS, choose, every_launch
+from ..kernels import every_launch
 from ..model import Bert
 from .checkpoint import write_json
 from .floors import StepSizes, Work, definition
 from .kinds import Kind, classify, own_kernels
 from .memory import usable_bytes
-from .plan import plan_microbatch
+from .plan import check_mask_rate, plan_microbatch
 from .step import TrainStep
 
 # The first compiles and captures graphs, the others bring caches and clocks to where they stay.
@@ -139,14 +149,13 @@ def measure(options: PretrainOptions, steps: int) -> Profile:
     it does not fit or cannot run."""
     device = pick_device(options.device)
     dtype = pick_dtype(device, options.dtype)
-    backends = _backends(device)
+    backends = operator_backends(device)
     batches, config = options.batches, PRESETS[options.preset]
     options = replace(options, dtype=str(dtype).removeprefix("torch."))
     plan = plan_microbatch(options, config, usable_bytes(device, None), batches.microbatch_size)
     sequences, activations = plan.sequences, plan.activations
     tokens = sequences * batches.max_length
-    if not round(batches.mask_rate * tokens):
-        raise UserError(f"--mask-rate {batches.mask_rate}: hides none of the {tokens} tokens of a microbatch")
+    check_mask_rate(batches.mask_rate, tokens)
     limits = _limits(device, dtype)
     try:
         run, step = _training(config, activations, options, sequences, device, dtype)
@@ -198,14 +207,6 @@ def _limits(device: torch.device, dtype: torch.dtype) -> Limits:
     return limits
 
 
-def _backends(device: torch.device) -> set[str]:
-    """Who computes the operators. Raises UserError when CRAMFAST_KERNELS asks for what cannot run."""
-    try:
-        return {choose(operator, device).backend for operator in OPERATORS}
-    except (ValueError, RuntimeError) as error:
-        raise UserError(str(error)) from error
-
-
 def _training(
     config: ModelConfig,
     activations: Activations,
@@ -217,7 +218,7 @@ def _training(
     """A function that takes one step, which it has done a few times, and what it steps with."""
     torch.manual_seed(options.seed)
     model = Bert(config, activations=activations).to(device).train()
-    special = SpecialIds(pad=0, cls=2, sep=3, mask=4, ordinary=(5, config.vocab_size))
+    special = special_ids_of(config.vocab_size)
     optimizer = replace(options.optimizer, lr=_LEARNING_RATE)
     step = TrainStep(model, optimizer, special, dtype, options.seed)
     batch = _random_batch(special, sequences, options.batches.max_length).to(device)
@@ -236,13 +237,8 @@ def _training(
 
 
 def _random_batch(special: SpecialIds, sequences: int, length: int) -> Batch:
-    """Ordinary words by Zipf's law, which is how often an embedding's rows are met in text."""
-    first, end = special.ordinary
-    frequency = 1 / torch.arange(1, end - first + 1, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    ids = first + torch.multinomial(frequency, sequences * length, replacement=True, generator=generator)
     ends = torch.arange(0, sequences * length + 1, length, dtype=torch.int32)
-    return Batch(ids, ends, length, sequences * length**2, Cursor())
+    return Batch(random_words(special, sequences * length), ends, length, sequences * length**2, Cursor())
 
 
 def _sizes(step: TrainStep, mask_rate: float, sequences: int, length: int) -> StepSizes:

@@ -13,15 +13,14 @@ from ..data.batches import DocumentPieces, PackedPieces, PieceSource
 from ..data.prepare import default_cache, prepare
 from ..data.shards import Dataset, TokenStream
 from ..data.tokenizer import SpecialIds, continuing_ids, special_ids
-from ..device import environment, has_gpu, matmul_rate, pick_device, pick_dtype
+from ..device import environment, has_gpu, matmul_rate, operator_backends, pick_device, pick_dtype
 from ..errors import TrainingFailed, UserError
 from ..evaluate.mlm import Example, HeldOut, Score, fill_examples
-from ..kernels import OPERATORS, choose
 from ..model import Bert
 from .checkpoint import save_model, write_json
 from .loop import Setup, State, Stopped, StopSignals, Trainer
 from .memory import predict_bytes, usable_bytes
-from .plan import BatchPlan, plan_batch
+from .plan import BatchPlan, check_mask_rate, plan_batch
 from .progress import Display, duration, plot_loss
 from .step import TrainStep
 
@@ -45,7 +44,7 @@ def _pretrain(options: PretrainOptions, display: Display, signals: StopSignals) 
     options = resolve(options, has_gpu(options.device))
     device = pick_device(options.device)
     dtype = pick_dtype(device, options.dtype)
-    _check_operators(device)
+    operator_backends(device)  # refuses what CRAMFAST_KERNELS cannot have
     options = replace(options, device=device.type, dtype=str(dtype).removeprefix("torch."))
     dataset = _open_dataset(options, display)
     config = replace(PRESETS[options.preset], vocab_size=dataset.vocab_size)
@@ -83,15 +82,6 @@ def _open_dataset(options: PretrainOptions, display: Display) -> Dataset:
         f"(in {time.monotonic() - began:.1f} s, {dataset.folder})"
     )
     return dataset
-
-
-def _check_operators(device: torch.device) -> None:
-    """Raise UserError when CRAMFAST_KERNELS asks for what cannot run."""
-    try:
-        for operator in OPERATORS:
-            choose(operator, device)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(str(error)) from error
 
 
 def _settings(options: PretrainOptions, dataset: Dataset) -> dict:
@@ -177,10 +167,7 @@ def _set_up(
     model.activations = plan.activations
     length = options.batches.max_length
     batch = plan.unit * plan.units
-    if not round(options.batches.mask_rate * plan.unit * length):
-        raise UserError(
-            f"--mask-rate {options.batches.mask_rate}: hides none of the {plan.unit * length} tokens of a microbatch"
-        )
+    check_mask_rate(options.batches.mask_rate, plan.unit * length)
     if len(stream) < batch * length:
         raise UserError(
             f"--data: its {len(stream):,} training tokens are fewer than the {batch * length:,} of one batch; "

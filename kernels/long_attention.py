@@ -142,7 +142,6 @@ def _obstacle(device: torch.device, dtype: torch.dtype, head_size: int) -> str |
     return None
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace an import that fails
 def _obstacle_of_flash_attn() -> str | None:
     try:
         from flash_attn import flash_attn_varlen_qkvpacked_func  # noqa: F401
@@ -150,6 +149,11 @@ def _obstacle_of_flash_attn() -> str | None:
         absent = isinstance(error, ModuleNotFoundError) and error.name == "flash_attn"
         return "flash-attn is not installed" if absent else "flash-attn does not import"
     return None
+
+
+# torch.compile cannot trace an import that fails. This is all that torch.compiler.assume_constant_result does, but for
+# the second that it takes to import the compiler.
+_obstacle_of_flash_attn._dynamo_marked_constant = True
 
 
 def _obstacle_of_varlen_attn(head_size: int, dropout: bool) -> str | None:

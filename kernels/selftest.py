@@ -264,7 +264,7 @@ def _muon(direct: Callable, follow: Callable) -> Callable:
         for start, rates_now in ((0, rates), (3, rates), (0, skipping)):
             weight, gradient, momentum, _ = (tensor.detach()[start:].clone() for tensor in inputs.values())
             dtype = weight.dtype if weight.dtype == torch.float64 else torch.float16
-            direction, working = (torch.zeros_like(weight, dtype=dtype) for _ in range(2))
+            direction, working = (torch.ones_like(weight, dtype=dtype) for _ in range(2))
             direct(gradient, momentum, rates_now, direction, beta=0.95)
             follow(weight, direction, rates_now, working, scale=1e-3, weight_decay=0.01)
             results += [weight, momentum, direction, working]

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_operators import DEVICE
 
 from cramfast import doctor as command
 from cramfast import kernels
 from cramfast.device import pick_device, pick_dtype
-from cramfast.kernels import OPERATORS
+from cramfast.kernels import OPERATORS, selftest
 
 ROOT = Path(__file__).parents[1]
 PEERS = ("flash-attn", "apex (NVIDIA's)", "liger-kernel", "tensorboard")
@@ -148,6 +149,13 @@ def test_testing_without_a_kernel_says_how_to_get_one():
     ]
     for name in OPERATORS:
         assert re.search(rf"^{name} +reference \(.+\)$", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize("operator", ["adamw", "muon"])
+def test_the_cases_of_the_updates_are_right(triton_kernels, operator):
+    module = sys.modules[selftest.__module__]
+    worst = module._worst_error(*module._CASES[operator], torch.device(DEVICE), torch.float32)
+    assert 0 < worst <= 1
 
 
 WRONG = """

@@ -157,7 +157,8 @@ def _set_up(
     """Model, optimizer, batches, and a batch size where none was given."""
     memory = usable_bytes(device, options.memory_limit)
     torch.manual_seed(options.seed)
-    model = Bert(config).to(device).train()
+    with device:  # drawing the weights on a CPU takes seconds
+        model = Bert(config).train()
     continues = _continues(dataset, device) if options.batches.whole_words else None
     settings = {"continues": continues, "graphs": options.run.graphs}
     step = TrainStep(model, options.optimizer, special, dtype, options.seed, **settings)

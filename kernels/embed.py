@@ -20,6 +20,7 @@ from .dispatch import pick
 from .language import tl, triton
 from .launch import Launch, catalogue, ceil_div, contiguous, dtype_of
 from .layer_norm import layer_norm_reference, sum_launch
+from .main_grad import claim, collects
 from .operator import Operator, define
 from .rows import (
     MAX_WIDTH,
@@ -137,7 +138,7 @@ def _embed_backward_kernel(
     norm_weight_ptr,
     norm_bias_ptr,
     statistics_ptr,
-    dtable_ptr,  # (size, C), zeros
+    dtable_ptr,  # (size, C), zeros, or what the gradient joins
     pieces_ptr,  # (chunks, 2, C): sums of rows that a chunk shares with the one before, and with the one after it
     partial_ptr,  # (1 or 2, shares, C) or None: gradients of the norm's weight and bias over SHARE tokens of each chunk
     tokens,
@@ -149,6 +150,7 @@ def _embed_backward_kernel(
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     SHARE: tl.constexpr,
+    ADD: tl.constexpr,
 ):
     weight = load_vector(norm_weight_ptr, C, TILE, TILES)
     total = _zero_rows(TILE, TILES, ROWS)
@@ -185,7 +187,10 @@ def _embed_backward_kernel(
             ends = valid & ((step == CHUNK - 1) | (goes_on == 0))
             piece = ends & (shared | goes_on)
             whole = ends & (piece == 0) & (key >= 0)
-            store_rows(dtable_ptr, total, key, whole, C, TILE, TILES)
+            row_sum = total
+            if ADD:
+                row_sum = add_rows(total, load_rows(dtable_ptr, key, whole, C, TILE, TILES), TILES)
+            store_rows(dtable_ptr, row_sum, key, whole, C, TILE, TILES)
             store_rows(pieces_ptr, total, 2 * chunk + tl.where(shared, 0, 1), piece, C, TILE, TILES)
             total = _keep(total, ends == 0, TILES)
             shared &= ends == 0
@@ -224,6 +229,7 @@ def _join_kernel(
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
+    ADD: tl.constexpr,
 ):
     """Adds up the pieces of the row whose tokens begin in this program's chunk and go on in the next."""
     across = tl.cdiv(C, TILE)
@@ -246,6 +252,8 @@ def _join_kernel(
             total += tl.sum(tl.load(pieces_ptr + 2 * others[:, None] * C + column[None, :], mask=mask, other=0.0), 0)
             next += CHUNKS
             more = tl.sum(same.to(tl.int32), 0) == CHUNKS
+        if ADD:
+            total += tl.load(dtable_ptr + key * C + column, mask=column < C, other=0.0)
         tl.store(dtable_ptr + key * C + column, total, mask=column < C)
 
 
@@ -263,17 +271,19 @@ def forward_launch(hidden, itemsize, pointers) -> Launch:
 
 
 @functools.lru_cache
-def backward_launch(hidden, itemsize, pointers) -> Launch:
-    """The walk over sorted tokens, for output gradients of `itemsize` bytes; pointers: the dtypes of its tensors."""
+def backward_launch(hidden, itemsize, pointers, add=False) -> Launch:
+    """The walk over sorted tokens, for output gradients of `itemsize` bytes; pointers: the dtypes of its tensors; add:
+    to the gradient that is there."""
     tiling = row_tiling(hidden, itemsize)
-    constants = tiling.constants | {"CHUNK": _CHUNK, "SHARE": _SHARE}
+    constants = tiling.constants | {"CHUNK": _CHUNK, "SHARE": _SHARE, "ADD": add}
     return Launch(_embed_backward_kernel, pointers, ("i64",) * 3, constants, tiling.num_warps, ROW_REGISTERS)
 
 
 @functools.lru_cache
-def join_launch(hidden, key_dtype, table_dtype) -> Launch:
-    """The kernel that adds up pieces."""
-    constants = {"C": hidden, "TILE": min(256, triton.next_power_of_2(hidden)), "CHUNK": _CHUNK, "CHUNKS": 64}
+def join_launch(hidden, key_dtype, table_dtype, add=False) -> Launch:
+    """The kernel that adds up pieces; add: to the gradient that is there."""
+    tile = min(256, triton.next_power_of_2(hidden))
+    constants = {"C": hidden, "TILE": tile, "CHUNK": _CHUNK, "CHUNKS": 64, "ADD": add}
     return Launch(_join_kernel, (key_dtype, torch.float32, table_dtype), ("i64",), constants, 4)
 
 
@@ -285,10 +295,10 @@ def _launches(dtype, _capability):
             tables = (index, wide, position, position and wide, wide, wide)
             yield forward_launch(hidden, dtype.itemsize, (*tables, dtype, wide))
             sorted_by_token = (dtype, torch.int16, index, None, *tables[1:], wide, wide, wide, wide)
-            yield backward_launch(hidden, dtype.itemsize, sorted_by_token)
+            yield from (backward_launch(hidden, dtype.itemsize, sorted_by_token, add) for add in (False, True))
         sorted_by_position = (dtype, torch.int16, index, index, wide, None, wide, wide, wide, wide, wide, wide, None)
         yield backward_launch(hidden, dtype.itemsize, sorted_by_position)
-    yield join_launch(768, torch.int16, wide)
+    yield from (join_launch(768, torch.int16, wide, add) for add in (False, True))
 
 
 def _forward(weight, input_ids, norm_weight, norm_bias, position_ids, position_weight, eps, dtype):
@@ -304,19 +314,20 @@ def _forward(weight, input_ids, norm_weight, norm_bias, position_ids, position_w
     return y, statistics
 
 
-def _backward(dy, weight, input_ids, norm_weight, norm_bias, position_ids, position_weight, statistics):
-    """(dweight, dnorm_weight, dnorm_bias, dposition_weight); the last two are None where there is no such parameter."""
+def _backward(dy, weight, input_ids, norm_weight, norm_bias, position_ids, position_weight, statistics, collected=None):
+    """(dweight, dnorm_weight, dnorm_bias, dposition_weight); the last two are None where there is no such parameter.
+    dweight is added to `collected`, where that is given, and returned as that."""
     hidden, chunks = int(weight.shape[1]), ceil_div(input_ids.shape[0], _CHUNK)
     shares = ceil_div(chunks, row_tiling(hidden, dy.dtype.itemsize).rows) * (_CHUNK // _SHARE)
     shape = (1 if norm_bias is None else 2, shares, hidden)
     partial = torch.empty(shape, dtype=torch.float32, device=dy.device)
     norm = (norm_weight, norm_bias, statistics)
     inputs = (None, weight, position_ids, position_weight, *norm)
-    dweight = _table_gradient(dy, input_ids, weight, inputs, partial)
+    dweight = _table_gradient(dy, input_ids, weight, inputs, partial, collected)
     dposition_weight = None
     if position_ids is not None:
         inputs = (input_ids, weight, None, position_weight, *norm)
-        dposition_weight = _table_gradient(dy, position_ids, position_weight, inputs, None)
+        dposition_weight = _table_gradient(dy, position_ids, position_weight, inputs, None, None)
     dnorm_weight = torch.empty_like(norm_weight)
     dnorm_bias = None if norm_bias is None else torch.empty_like(norm_bias)
     launch = sum_launch(hidden, norm_weight.dtype, dtype_of(norm_bias))
@@ -324,22 +335,24 @@ def _backward(dy, weight, input_ids, norm_weight, norm_bias, position_ids, posit
     return dweight, dnorm_weight, dnorm_bias, dposition_weight
 
 
-def _table_gradient(dy, ids, table, inputs, partial):
-    """The gradient of `table`, whose rows `ids` name. inputs: the kernel's tensors from ids_ptr to statistics_ptr; the
-    norm's gradients go to `partial` on the way, if it is given."""
+def _table_gradient(dy, ids, table, inputs, partial, collected):
+    """The gradient of `table`, whose rows `ids` name, added to `collected` if it is given. inputs: the kernel's tensors
+    from ids_ptr to statistics_ptr; the norm's gradients go to `partial` on the way, if it is given."""
     (size, hidden), tokens = table.shape, ids.shape[0]
     # Sorting takes a pass for each byte of a key. Indices outside the table come first, and have no row.
     keys = ids.where((ids >= 0) & (ids < size), -1).to(torch.int16 if size <= 2**15 else torch.int32)
     keys, order = torch.sort(keys, stable=True)
-    dtable = torch.zeros((size, hidden), dtype=table.dtype, device=table.device)
+    add, dtable = collected is not None, collected
+    if not add:
+        dtable = torch.zeros((size, hidden), dtype=table.dtype, device=table.device)
     chunks = ceil_div(tokens, _CHUNK)
     pieces = torch.empty((chunks, 2, hidden), dtype=torch.float32, device=table.device)
     tensors = (*contiguous(dy, keys, order, *inputs), dtable, pieces, partial)
-    launch = backward_launch(int(hidden), dy.dtype.itemsize, tuple(map(dtype_of, tensors)))
+    launch = backward_launch(int(hidden), dy.dtype.itemsize, tuple(map(dtype_of, tensors)), add)
     _, weight, _, position_weight, *_ = inputs
     grid = ceil_div(chunks, launch.constants["ROWS"])
     launch(grid, *tensors, tokens, weight.shape[0], _height(position_weight))
-    launch = join_launch(int(hidden), keys.dtype, table.dtype)
+    launch = join_launch(int(hidden), keys.dtype, dtable.dtype, add)
     launch(chunks * ceil_div(int(hidden), launch.constants["TILE"]), keys, pieces, dtable, tokens)
     return dtable
 
@@ -350,11 +363,19 @@ def _height(table):
 
 def _save(ctx, inputs, results):
     ctx.save_for_backward(*inputs[:6], results[1])
+    ctx.collector = inputs[0] if collects(inputs[0]) else None
 
 
 def _gradients(ctx, backward, dy, *_):
     *inputs, statistics = ctx.saved_tensors
-    dweight, dnorm_weight, dnorm_bias, dposition_weight = backward(dy, *inputs, statistics)
+    if ctx.collector is None or not ctx.needs_input_grad[0]:
+        dweight, *others = backward(dy, *inputs, statistics)
+    else:
+        collected, joins = claim(ctx.collector)
+        if not joins:
+            collected.zero_()
+        dweight, others = None, _backward(dy, *inputs, statistics, collected)[1:]
+    dnorm_weight, dnorm_bias, dposition_weight = others
     norm_bias, _, position_weight = inputs[3:]
     dnorm_bias = None if norm_bias is None else dnorm_bias
     dposition_weight = None if position_weight is None else dposition_weight
@@ -397,9 +418,10 @@ def embed(
     """Normalised embeddings of input_ids (T,) → (T, C) in `dtype` (None: that of weight).
 
     weight (V, C); norm_weight, norm_bias (C,); position_ids (T,) index rows of position_weight (P, C), both given or
-    neither. Indices are int32 or int64. On a GPU a token whose index lies outside its table becomes a row of NaN, and
-    nothing else comes to harm; the reference raises as torch does. Raises ValueError for a shape or device that does
-    not fit, and when only one of position_ids and position_weight is given, TypeError for a dtype that does not fit.
+    neither. Indices are int32 or int64. The gradient of a weight with a `main_grad` is added to that. On a GPU a token
+    whose index lies outside its table becomes a row of NaN, and nothing else comes to harm; the reference raises as
+    torch does. Raises ValueError for a shape or device that does not fit, and when only one of position_ids and
+    position_weight is given, TypeError for a dtype that does not fit.
     """
     if (position_ids is None) != (position_weight is None):
         raise ValueError("embed: position_ids and position_weight go together; one of them is None")

@@ -1,17 +1,12 @@
 """Linear layers that add their weight's gradient where it is collected, and that need not save their input.
 
-Who accumulates gradients over microbatches keeps one float32 buffer a weight. A weight that carries it as its attribute
-`main_grad` gets dW = dzᵀ x added there by the matrix product itself: no 16-bit gradient is written, read and added.
-Where its attribute `replaces_main_grad` is true, dW takes the place of what was there, which saves clearing it, and the
-attribute becomes false.
+dW = dzᵀ x goes to the weight's `main_grad`, where it has one, by the matrix product itself; see main_grad.py.
 
 What stands before the product can be part of it. Then the forward pass saves the input of the norm or activation alone,
 and the backward pass, which reads that anyway, writes the product's input once more:
 
     add_layer_norm_linear   s = x + residual, z = LN(s) Wᵀ        saves s and its statistics
     geglu_linear            z = GEGLU(u) Wᵀ                       saves u
-
-The name `main_grad` is Megatron-LM's (Shoeybi et al., 1909.08053).
 """
 
 import torch
@@ -20,19 +15,7 @@ import torch.nn.functional as F
 from .dispatch import choose
 from .gelu import geglu, geglu_backward, geglu_forward
 from .layer_norm import add_layer_norm, norm_backward, norm_forward
-
-
-def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, first: bool = False) -> None:
-    """total += left @ right, or = where it is the `first`, with total in float32 whatever the factors are."""
-    options = {}
-    if left.dtype != total.dtype and total.is_cuda:
-        options["out_dtype"] = total.dtype
-    elif left.dtype != total.dtype:  # torch has no such product there
-        left, right = left.to(total.dtype), right.to(total.dtype)
-    if first:
-        torch.mm(left, right, **options, out=total)
-    else:
-        torch.addmm(total, left, right, **options, out=total)
+from .main_grad import add_product, claim, collects
 
 
 class _Linear(torch.autograd.Function):
@@ -99,9 +82,8 @@ def _remember(ctx, weight, bias):
 
 def _collect(ctx, dz, x):
     """Add the weight's gradient to what is collected."""
-    weight = ctx.weight
-    add_product(weight.main_grad, dz.t(), x, first=getattr(weight, "replaces_main_grad", False))
-    weight.replaces_main_grad = False
+    total, joins = claim(ctx.weight)
+    add_product(total, dz.t(), x, first=not joins)
 
 
 def _product(x, weight, bias):
@@ -114,8 +96,7 @@ def _bias_gradient(ctx, dz):
 
 def _accumulates(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether the weight's gradient goes to its `main_grad`, and not through autograd to whoever asks for it."""
-    wanted = torch.is_grad_enabled() and getattr(weight, "main_grad", None) is not None
-    return wanted and x.dim() == 2 and x.dtype == weight.dtype
+    return torch.is_grad_enabled() and collects(weight) and x.dim() == 2 and x.dtype == weight.dtype
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

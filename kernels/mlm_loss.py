@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from .dispatch import pick
 from .launch import ceil_div, contiguous, dtype_of, has_data
-from .linear import add_product
+from .main_grad import add_product, claim, collects
 from .mlm_loss_arguments import expect_loss_options, expect_predictions
 from .mlm_loss_kernels import (
     LINE,
@@ -110,7 +110,7 @@ def _decoder(weight, dtype):
 def _chunk_bytes(sizes, weight, decoder, dweight):
     """What is left for logits: the rest may take three quarters."""
     taken = 0 if decoder is weight else decoder.nbytes
-    if dweight is not None:
+    if dweight is not None and not collects(weight):
         taken += dweight.nbytes - weight.nbytes  # which is a result
     return max(sizes.chunk - taken, sizes.chunk // 4)
 
@@ -220,27 +220,31 @@ def _backward(
     for_hidden,
     for_weight,
     for_bias,
+    collected=None,
+    joins=False,
 ):
-    """(dhidden, dweight, dbias), None what is not asked for."""
+    """(dhidden, dweight, dbias), None what is not asked for. dweight is `collected`, where that is given, and what was
+    there plus the gradient where it `joins` that."""
     given, scale = (dloss, inverse), gradient_scale(hidden.dtype)
     dhidden = None
     if for_hidden:
         dhidden = _scatter(drows, positions, hidden, *given)
-    if for_weight and memory == "low":
-        options = Options(z_loss, smoothing)
-        dweight = _weight_gradient(hidden, weight, bias, positions, targets, statistics, options, *given)
-    elif for_weight:
-        dweight = _scaled(
-            dweight[: weight.shape[0]], torch.empty_like(weight, memory_format=torch.contiguous_format), scale, *given
-        )
+    if for_weight:
+        out = torch.empty_like(weight, memory_format=torch.contiguous_format) if collected is None else collected
+        if memory == "low":
+            options = Options(z_loss, smoothing)
+            _weight_gradient(hidden, weight, bias, positions, targets, statistics, options, *given, out, joins)
+        else:
+            _scaled(dweight[: weight.shape[0]], out, scale, *given, joins)
+        dweight = out
     if for_bias:
         dbias = _scaled(dbias[None], bias.new_empty(1, bias.shape[0]), scale, *given)[0]
     return dhidden, dweight if for_weight else None, dbias if for_bias else None
 
 
-def _scaled(source, out, scale, dloss, inverse):
-    """out = source * dloss * inverse / scale, all but dloss and inverse (rows, columns)."""
-    launch = scale_launch(int(source.shape[1]), source.dtype, out.dtype, scale)
+def _scaled(source, out, scale, dloss, inverse, joins=False):
+    """out = source * dloss * inverse / scale, or += where it `joins`, all but dloss and inverse (rows, columns)."""
+    launch = scale_launch(int(source.shape[1]), source.dtype, out.dtype, scale, joins)
     _over_tiles(launch, source.shape[0], source, dloss, inverse, out, source.shape[0])
     return out
 
@@ -259,16 +263,18 @@ def _scatter(drows, positions, hidden, dloss, inverse):
     return dhidden
 
 
-def _weight_gradient(hidden, weight, bias, positions, targets, statistics, options, dloss, inverse):
-    """The gradient of weight (V, C), a block of its rows at a time, each in one product over all rows of hidden."""
-    out = torch.empty_like(weight, memory_format=torch.contiguous_format)
+def _weight_gradient(hidden, weight, bias, positions, targets, statistics, options, dloss, inverse, out, joins):
+    """The gradient of weight goes to `out` (V, C), a block of its rows at a time, each in one product over all rows of
+    hidden; it takes the place of what is there or `joins` it."""
     if not has_data(hidden):
-        return out
+        return
     hidden, positions, bias = contiguous(hidden, positions, bias)
     rows = hidden if positions is None else _rows(hidden, positions)
     (count, width), vocabulary, dtype = rows.shape, int(weight.shape[0]), rows.dtype
     if count == 0:
-        return out.zero_()
+        if not joins:
+            out.zero_()
+        return
     size = _block_columns(count * dtype.itemsize, vocabulary)
     buffer, product = rows.new_empty(count, size), rows.new_empty(size, width, dtype=torch.float32)
     launch = block_launch(vocabulary, size, dtype, dtype_of(bias), options)
@@ -279,14 +285,13 @@ def _weight_gradient(hidden, weight, bias, positions, targets, statistics, optio
         _over_tiles(launch, count, buffer, targets, bias, statistics, start, count)
         part = product[: end - start]
         add_product(part, logits.t(), rows, first=True)
-        _scaled(part, out[start:end], gradient_scale(dtype), dloss, inverse)
-    return out
+        _scaled(part, out[start:end], gradient_scale(dtype), dloss, inverse, joins)
 
 
 def _save(ctx, inputs, results):
     hidden, weight, _, positions, bias, _, z_loss, smoothing, *ctx.asked = inputs
     _, drows, dweight, dbias, targets, statistics, inverse = results
-    ctx.options = (z_loss, smoothing)
+    ctx.options, ctx.collector = (z_loss, smoothing), weight if collects(weight) else None
     ctx.save_for_backward(drows, dweight, dbias, hidden, weight, bias, positions, targets, statistics, inverse)
     ctx.set_materialize_grads(False)
 
@@ -294,8 +299,14 @@ def _save(ctx, inputs, results):
 def _gradients(ctx, backward, dloss, *_):
     if dloss is None:
         return (None,) * 12
-    _, *asked = ctx.asked
-    grads = backward(dloss, *ctx.saved_tensors, *ctx.options, *ctx.asked)
+    _, for_hidden, for_weight, for_bias = ctx.asked
+    arguments = (dloss, *ctx.saved_tensors, *ctx.options, *ctx.asked)
+    if for_weight and ctx.collector is not None:
+        grads = _backward(*arguments, *claim(ctx.collector))
+        for_weight = False
+    else:
+        grads = backward(*arguments)
+    asked = (for_hidden, for_weight, for_bias)
     dhidden, dweight, dbias = (grad if wanted else None for grad, wanted in zip(grads, asked, strict=True))
     return dhidden, dweight, None, None, dbias, *(None,) * 7
 
@@ -362,7 +373,7 @@ def mlm_loss(
     positions (M,) names the rows (None: all of them, M = T); weight (V, C) and bias (V,) are the decoder, in hidden's
     dtype or float32; the products run in hidden's. labels and positions are int32 or int64. Labels equal to
     `ignore_index` do not count; with none left the loss is 0, and so are the gradients. Positions may come in any order
-    and more than once; rising ones are the fastest.
+    and more than once; rising ones are the fastest. The gradient of a weight with a `main_grad` is added to that.
 
     z_loss: weight of the squared logsumexp, added to each row's loss. label_smoothing: as in torch's cross_entropy.
     memory: "fast" takes some 288 MiB beside the results, float32 for weight's gradient among it; "low" takes 104 MiB

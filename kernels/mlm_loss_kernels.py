@@ -302,12 +302,16 @@ def scale_kernel(
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
     SCALE: tl.constexpr,
+    ADD: tl.constexpr,
 ):
-    """out = source * dloss * inverse / SCALE."""
+    """out = source * dloss * inverse / SCALE, or += with ADD."""
     row, column, mask = _places(rows, C, TILE, ROWS)
     factor = tl.load(dloss_ptr) * (tl.load(inverse_ptr) / SCALE)
     x = tl.load(source_ptr + row * C + column, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * C + column, x * factor, mask=mask)
+    y = x * factor
+    if ADD:
+        y += tl.load(out_ptr + row * C + column, mask=mask, other=0.0)
+    tl.store(out_ptr + row * C + column, y, mask=mask)
 
 
 @triton.jit
@@ -416,10 +420,10 @@ def column_sums_launch(vocabulary, dtype) -> Launch:
 
 
 @functools.lru_cache
-def scale_launch(width, source, out, scale) -> Launch:
-    """dtypes of the source and of the result; scale: what to divide by."""
+def scale_launch(width, source, out, scale, add=False) -> Launch:
+    """dtypes of the source and of the result; scale: what to divide by; add: to the result that is there."""
     wide = torch.float32
-    constants = {"C": width, **_tile(width, source), "SCALE": scale}
+    constants = {"C": width, **_tile(width, source), "SCALE": scale, "ADD": add}
     return Launch(scale_kernel, (source, wide, wide, out), ("i64",), constants, _NUM_WARPS)
 
 
@@ -449,3 +453,4 @@ def _launches(dtype, _capability):
         yield scatter_launch(width, dtype, index)
     yield from (targets_launch(index, index), ends_launch(index), mean_launch())
     yield from (scale_launch(768, source, out, 1.0) for source, out in ((wide, dtype), (wide, wide), (dtype, dtype)))
+    yield scale_launch(768, wide, wide, 1.0, add=True)

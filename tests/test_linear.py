@@ -12,7 +12,7 @@ from test_operators import DEVICE, DTYPES, NATIVE, floor, needs_gpu, randn
 from cramfast.kernels import add_layer_norm_linear, geglu_linear, linear
 from cramfast.kernels.gelu import geglu_reference
 from cramfast.kernels.layer_norm import add_layer_norm_reference
-from cramfast.kernels.linear import add_product
+from cramfast.kernels.main_grad import add_product
 
 pytestmark = pytest.mark.usefixtures("triton_kernels", "poisoned", "bf16_as_on_gpus")
 

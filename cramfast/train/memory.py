@@ -21,9 +21,8 @@ a pre-norm layer of 2C, and has the rest of one layer at a time, until that laye
 
     loss        saved by all layers and by the head; what `mlm_loss` takes
     attention   backward in the last layer: input and attention, with all below; 5C of gradients: of attention's
-                output, of what goes round it, of qkv; the decoder's gradient
-    network     backward in the layer before that: all of it, with all below; gradients of C, I and W; the decoder's
-                gradient. Of GEGLU "lean" writes W's over the wide tensor, and has the activation again instead; of GELU
+                output, of what goes round it, of qkv
+    network     backward in the layer before that: all of it, with all below; gradients of C, I and W. Of GEGLU "lean" writes W's over the wide tensor, and has the activation again instead; of GELU
                 W's takes the place of the activation, but with "layers"
 
 Further down every layer leaves more room than the next one takes; the embedding's backward pass and the update come
@@ -50,7 +49,8 @@ _FLOAT32 = 4
 _CUBLAS_BYTES = 2 * 32 * _MIB
 # Of a token: int64 ids as given and as masked, int64 position, and the embedding's and the last norm's statistics.
 _TOKEN_BYTES = 40
-# What `mlm_loss` takes beside its results at most; in the backward pass "low" takes a block of logits and its product.
+# Of logits `mlm_loss` takes so much at most where its weight's gradient is collected; in the backward pass "low" takes
+# a block of them and its product.
 _LOSS_BYTES = {"fast": 288 * _MIB, "low": 104 * _MIB}
 _LOSS_BLOCK_BYTES = 32 * _MIB
 
@@ -150,7 +150,6 @@ def predict_bytes(
     state = 4 * _FLOAT32 * parameters + (item * matrices if item < _FLOAT32 else 0)
     hidden, inner = item * config.hidden_size, item * config.intermediate_size
     gated = config.activation == "geglu"
-    decoder = item * config.vocab_size * config.hidden_size
 
     layers = [_saved_by_layer(config, item, activations, first=i == 0) for i in range(config.num_layers)]
     *lower, last = layers
@@ -162,7 +161,7 @@ def predict_bytes(
     head = predicted * hidden * ((config.norm == "pre") + 1 + 3 * config.head_transform + 1)
     moments = [
         below_and_input + of_last + head + _taken_by_loss(config, predicted, item, loss),
-        below_and_input + tokens * (last.attention + 5 * hidden) + decoder,
+        below_and_input + tokens * (last.attention + 5 * hidden),
     ]
     if lower:
         at_work = lower[-1].whole - lower[-1].input if in_layers else 0
@@ -170,7 +169,7 @@ def predict_bytes(
             gradients = hidden + inner * (2 if activations == "lean" else 3)
         else:
             gradients = hidden + inner * (2 if in_layers else 1)
-        moments.append(below + tokens * (at_work + gradients) + decoder)
+        moments.append(below + tokens * (at_work + gradients))
     return state + _CUBLAS_BYTES + _TOKEN_BYTES * tokens + max(moments)
 
 
@@ -206,14 +205,14 @@ def _saved_by_layer(config: ModelConfig, item: int, activations: Activations, fi
 
 
 def _taken_by_loss(config: ModelConfig, predicted: int, item: int, memory: str) -> int:
-    """Of a small batch the logits, and the decoder's gradient: "fast" in float32, "low" in the decoder's dtype with
-    float32 for a block of it. Of a large one what the loss allows itself."""
+    """Logits, of a large batch as many as the loss allows itself, and the decoder's gradient in float32 until it is
+    collected: "fast" all of it, "low" a block."""
     decoder, column = config.vocab_size * config.hidden_size, item * max(1, predicted)
     logits = column * config.vocab_size
     if memory == "fast":
-        return min(logits + _FLOAT32 * decoder, _LOSS_BYTES["fast"] + item * decoder)
+        return min(logits, _LOSS_BYTES["fast"]) + _FLOAT32 * decoder
     block = min(logits, _LOSS_BLOCK_BYTES)
-    backward = item * decoder + block + _FLOAT32 * config.hidden_size * (block // column)
+    backward = block + _FLOAT32 * config.hidden_size * (block // column)
     return max(min(logits, _LOSS_BYTES["low"]), backward)
 
 

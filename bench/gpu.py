@@ -1,7 +1,8 @@
 """The machine under measurement. Tests put a CPU in its place: an object with these attributes and methods."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -67,6 +68,19 @@ class Gpu:
     def allocated_bytes(self) -> int:
         """What PyTorch's allocator has handed out and not got back."""
         return torch.cuda.memory_allocated(self.device)
+
+    @contextmanager
+    def limited_to(self, limit: int | None) -> Iterator[None]:
+        """Within it PyTorch's allocator takes no more than `limit` bytes of the card; None: what there is."""
+        if limit is None:
+            yield
+            return
+        whole = torch.cuda.get_device_properties(self.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / whole), self.device)
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0, self.device)
 
     def release(self) -> None:
         """Hand cached memory back, so that the next case starts with what the card has."""

@@ -79,7 +79,8 @@ def save(results: Path, module: str, new: dict) -> str:
 class Record:
     """What one entry measured. Seconds are per call; `bytes` and `flops` come from the definition of the work;
     `results_mib` of `peak_mib` are the outputs and gradients themselves. Training steps have `tokens_per_s` and
-    `joules_per_mtoken`, both of real tokens, and their `peak_mib` is all that the allocator held for them.
+    `joules_per_mtoken`, both of real tokens, and their `peak_mib` is all that the allocator held for them; this
+    project's tell how many sequences they compute at a time, `microbatch`, and what the layers save, `activations`.
 
     `backend` is what ran for this project: "triton", "reference" where there is no kernel for the card, or
     the name of who it hands over to.
@@ -96,6 +97,8 @@ class Record:
     host_seconds: float | None = None
     tokens_per_s: float | None = None
     joules_per_mtoken: float | None = None
+    microbatch: int | None = None
+    activations: str | None = None
     timed_by: str = "graph"
     backend: str | None = None
 

@@ -38,16 +38,17 @@ def measure_step(benchmark, machine, work: StepWork, peer: StepPeer, dtype: torc
     training = Training(work, masked_batch(work, machine.device), dtype)
     machine.release()
     before = machine.allocated_bytes()
-    with refusal_of(peer, work.work):
-        step, outcome, start_peak = _start(machine, peer, training)
-    errors = guard(work, peer, outcome, expected)
+    with machine.limited_to(work.memory):
+        with refusal_of(peer, work.work):
+            step, outcome, start_peak = _start(machine, peer, training)
+        errors = guard(work, peer, outcome, expected)
 
-    seconds = _estimate(machine, step)
-    for _ in range(math.ceil(_WARM_SECONDS / seconds)):
-        step()
-    held = machine.allocated_bytes() - before
-    peak = held + machine.peak_bytes(step)
-    joules = _time(benchmark, machine, step, seconds)
+        seconds = _estimate(machine, step)
+        for _ in range(math.ceil(_WARM_SECONDS / seconds)):
+            step()
+        held = machine.allocated_bytes() - before
+        peak = held + machine.peak_bytes(step)
+        joules = _time(benchmark, machine, step, seconds)
 
     tokens = len(training.batch.input_ids)
     seconds = benchmark.stats.stats.median if benchmark.stats else None
@@ -63,6 +64,8 @@ def measure_step(benchmark, machine, work: StepWork, peer: StepPeer, dtype: torc
         tokens=tokens,
         tokens_per_s=tokens / seconds if seconds else None,
         joules_per_mtoken=None if joules is None else joules / tokens * 1e6,
+        microbatch=(work.microbatch or work.sequences) if peer is OURS else None,
+        activations=work.activations if peer is OURS else None,
         timed_by="events",
         backend=kernels.choose("varlen_attention", machine.device, dtype).backend if peer is OURS else None,
         loss_error=float(f"{errors[0]:.2e}"),

@@ -26,6 +26,9 @@ def draw(device: Device, module: Module, path: Path) -> None:
         works.setdefault((record.work, record.dtype), []).append(record)
     if len(works) > _MOST_PANELS:
         works = {key: records for key, records in works.items() if records[0].direction == BOTH} or works
+    if module.is_of_steps:
+        # Who runs alone is compared with nobody.
+        works = {key: records for key, records in works.items() if len(records) > 1} or works
     heights = [_PANEL_INCHES + _BAR_INCHES * len(records) for records in works.values()]
     figure = Figure(figsize=(_WIDTH_INCHES, sum(heights) + 0.5), layout="constrained")
     FigureCanvasAgg(figure)

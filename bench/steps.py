@@ -1,4 +1,4 @@
-"""What a training step is measured on and who takes it: forward, backward, clip and AdamW on one microbatch.
+"""What a training step is measured on and who takes it: forward, backward, clip and AdamW on one batch.
 
 T tokens of an unpadded batch, B sequences, M predictions.
 """
@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from cramfast import kernels
-from cramfast.config import Activations, ModelConfig, OptimizerOptions
+from cramfast.config import Activations, ModelConfig, OptimizerOptions, byte_count
 from cramfast.data.batches import Batch, Cursor
 from cramfast.data.random_words import random_words, special_ids_of
 from cramfast.model import Bert
+from cramfast.train.memory import plan_memory
 from cramfast.train.step import TrainStep
 
 from . import lengths
@@ -94,10 +95,12 @@ class Ordinary:
 
 @dataclass(frozen=True)
 class StepWork:
-    """One microbatch of one model: `sequences` of `length` tokens, or of `shortest` to `length`, uniformly.
+    """One batch of one model: `sequences` of `length` tokens, or of `shortest` to `length`, uniformly.
 
     `mib_per_place`: memory that the hungriest variant takes for a place of the padded batch, measured on an H200.
-    `activations`: what this project's model saves for the backward pass, as `Bert` takes it.
+    Of this project's step, `activations`: what the model saves for the backward pass, as `Bert` takes it; `microbatch`:
+    sequences that it computes at a time (None: all of them); `memory`: bytes of the card that it may take (None: what
+    there is).
     """
 
     name: str
@@ -108,6 +111,8 @@ class StepWork:
     mib_per_place: float
     shortest: int | None = None
     activations: Activations = "keep"
+    microbatch: int | None = None
+    memory: int | None = None
 
     @property
     def work(self) -> str:
@@ -128,6 +133,14 @@ class StepWork:
         return round(tokens * self.config.flops_per_token(_predicted(tokens) / tokens, attended))
 
 
+def on_a_card_of(memory: str, work: StepWork) -> StepWork:
+    """The work as pretraining plans it for a card of `memory`, like 8GB: its microbatch and what its layers save."""
+    limit = byte_count("memory", memory)
+    plan = plan_memory(work.config, work.length, _MASK_RATE, torch.bfloat16, limit)
+    name, microbatch = f"{work.name}-{memory.lower()}", min(plan.sequences, work.sequences)
+    return replace(work, name=name, activations=plan.activations, microbatch=microbatch, memory=limit)
+
+
 def fit(work: StepWork, tokens: int, free_bytes: int) -> StepWork:
     """The work with at most `tokens` places in its batch, sequences halved until the hungriest variant fits into
     `free_bytes`. Its name tells the sequences where they are not the usual number."""
@@ -144,14 +157,24 @@ def _predicted(tokens: int) -> int:
 
 
 def masked_batch(work: StepWork, device: torch.device) -> MaskedBatch:
-    """Ordinary words by Zipf's law, masked as `TrainStep` masks its first microbatch; always the same."""
+    """Ordinary words by Zipf's law, masked as `TrainStep` masks its first microbatches; always the same."""
     special, counts = special_ids_of(work.config.vocab_size), work.counts()
-    ids = random_words(special, int(counts.sum()))
-    ids, ends = ids.to(device), nn.functional.pad(counts.cumsum(0), (1, 0)).to(device, torch.int32)
-    masked_ids, positions, labels = kernels.mask_tokens(
-        ids, ends, _predicted(len(ids)), mask_id=special.mask, ordinary=special.ordinary, seed=_MASK_SEED, step=0
-    )
-    return MaskedBatch(ids, masked_ids, positions, labels, ends, work.length)
+    ids = random_words(special, int(counts.sum())).to(device)
+    masked, offset = [], 0
+    for step, part in enumerate(counts.split(work.microbatch or len(counts))):
+        tokens = int(part.sum())
+        part_ids, ends = ids[offset : offset + tokens], _ends(part, device)
+        options = {"mask_id": special.mask, "ordinary": special.ordinary, "seed": _MASK_SEED, "step": step}
+        masked_ids, positions, labels = kernels.mask_tokens(part_ids, ends, _predicted(tokens), **options)
+        masked.append((masked_ids, positions + offset, labels))
+        offset += tokens
+    masked_ids, positions, labels = map(torch.cat, zip(*masked, strict=True))
+    return MaskedBatch(ids, masked_ids, positions, labels, _ends(counts, device), work.length)
+
+
+def _ends(counts: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """cu_seqlens of sequences with `counts` tokens."""
+    return nn.functional.pad(counts.cumsum(0), (1, 0)).to(device, torch.int32)
 
 
 def initial_bert(config: ModelConfig) -> Bert:
@@ -186,15 +209,20 @@ class OurStep:
     `masked_batch` does."""
 
     def __init__(self, training: Training):
-        batch = training.batch
+        work, whole = training.work, training.batch
         self.step = _train_step(training)
-        attended = int(batch.counts.square().sum())
-        self.batch = Batch(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, attended, Cursor())
-        self.microbatch = 0
+        self.batches = []
+        for part in whole.parts(work.microbatch or work.sequences):
+            attended = int(part.counts.square().sum())
+            self.batches.append(Batch(part.input_ids, part.cu_seqlens, part.max_seqlen, attended, Cursor()))
+        self.tokens = len(whole.input_ids)
+        self.microbatches = 0
 
     def __call__(self) -> Outcome:
-        self.step.accumulate(self.batch, _MASK_RATE, self.microbatch, 1.0)
-        self.microbatch += 1
+        for batch in self.batches:
+            share = len(batch.input_ids) / self.tokens
+            self.step.accumulate(batch, _MASK_RATE, self.microbatches, share)
+            self.microbatches += 1
         result = self.step.update(_OPTIMIZER.lr)
         return Outcome(result.loss, result.gradient_norm)
 

@@ -12,6 +12,9 @@ BEST = "best"
 _ORDER = (OURS, "torch-eager", "torch-compile")
 _RIVALS = {"torch-compile": "× compile", "torch-eager": "× eager"}
 _STEP_HEAD = ("who", "ms a step", "tokens/s", "MFU", "peak GiB", "J per M tokens")
+_CARD_HEAD = ("memory", "microbatch", "activations", "tokens/s", "of all", "MFU", "peak GiB", "J per M tokens")
+# The end of a case on the memory of a smaller card.
+_CARD = re.compile(r"-(\d+)gb$")
 _REGRESSION = 1.05
 _LIMITS = "limits"
 
@@ -110,9 +113,11 @@ def _row(device: Device, records: list[Record], rivals: tuple[str, ...]) -> tupl
 
 
 def _step_tables(device: Device, module: Module) -> list[str]:
-    """A table for each case and dtype of training steps, with a row for each who and its speed against each other."""
+    """A table for each case and dtype of training steps, with a row for each who and its speed against each other; for
+    the memory of smaller cards, a table of all cards."""
     tables = []
-    records = sorted(module.records, key=by_work)
+    every = sorted(module.records, key=by_work)
+    records = [r for r in every if not _CARD.search(r.case)]
     for case, dtype in dict.fromkeys((r.case, r.dtype) for r in records):
         of_case = [r for r in records if (r.case, r.dtype) == (case, dtype)]
         rivals = [r.who for r in of_case if r.who != OURS]
@@ -121,7 +126,21 @@ def _step_tables(device: Device, module: Module) -> list[str]:
             _step_row(device, record) + tuple(times(device.speed(record, who)) for who in rivals) for record in of_case
         ]
         tables.append(f"**`step`** {case}, {dtype}\n\n{markdown(head, rows)}")
+    for case, dtype in dict.fromkeys((_CARD.sub("", r.case), r.dtype) for r in every if _CARD.search(r.case)):
+        of_cards = [r for r in every if _CARD.search(r.case) and (_CARD.sub("", r.case), r.dtype) == (case, dtype)]
+        title = f"**`step`** {case} in the memory of smaller cards, {dtype}"
+        rows = [_card_row(device, record) for record in of_cards]
+        tables.append(f"{title}\n\n{markdown(_CARD_HEAD, rows)}")
     return tables
+
+
+def _card_row(device: Device, record: Record) -> tuple[str, ...]:
+    """A step in the memory of a smaller card, and its speed as a share of that in all memory."""
+    everywhere = device.find(_CARD.sub("", record.work), record.who, record.dtype)
+    share = everywhere and record.tokens_per_s / everywhere.tokens_per_s
+    _, _, pace, *measured = _step_row(device, record)
+    memory = f"{_CARD.search(record.case)[1]} GB"
+    return memory, str(record.microbatch), record.activations, pace, percent(share), *measured
 
 
 def _step_row(device: Device, record: Record) -> tuple[str, ...]:

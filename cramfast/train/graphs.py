@@ -1,5 +1,6 @@
 """CUDA graphs of work on static tensors: captured once for each shape, replayed with one call."""
 
+import contextlib
 from collections.abc import Callable, Hashable
 
 import torch
@@ -59,12 +60,22 @@ class Graphs:
             with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="relaxed"):
                 work()
         except torch.OutOfMemoryError:
+            self._close_capture()
             raise
         except RuntimeError as error:
+            self._close_capture()
             self.obstacle = str(error).strip().splitlines()[0]
             return False
         self._graphs[key] = graph
         return True
+
+    def _close_capture(self) -> None:
+        """Tell the allocator that a capture is over. Torch leaves one that failed open, and then the allocator hands no
+        memory back to the card, of graphs or not."""
+        device = self._stream.device_index
+        with contextlib.suppress(RuntimeError):  # it was closed
+            torch._C._cuda_endAllocateToPool(device, self._pool)
+            torch._C._cuda_releasePool(device, self._pool)
 
     def forget(self) -> None:
         """Let go of the graphs and their memory."""

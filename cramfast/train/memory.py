@@ -22,8 +22,9 @@ a pre-norm layer of 2C, and has the rest of one layer at a time, until that laye
     loss        saved by all layers and by the head; what `mlm_loss` takes
     attention   backward in the last layer: input and attention, with all below; 5C of gradients: of attention's
                 output, of what goes round it, of qkv
-    network     backward in the layer before that: all of it, with all below; gradients of C, I and W. Of GEGLU "lean" writes W's over the wide tensor, and has the activation again instead; of GELU
-                W's takes the place of the activation, but with "layers"
+    network     backward in the layer before that: all of it, with all below; gradients of C, I and W. Of GEGLU "lean"
+                writes W's over the wide tensor, and has the activation again instead; of GELU W's takes the place of
+                the activation, but with "layers"
 
 Further down every layer leaves more room than the next one takes; the embedding's backward pass and the update come
 when no layer is left.

@@ -51,6 +51,14 @@ def test_the_predicted_peak_is_the_measured_one(preset, tokens, activations, los
     assert predicted == pytest.approx(gib, rel=0.02)
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_parameters_are_counted_as_the_model_has_them(preset):
+    with torch.device("meta"):
+        sizes = [(parameter.numel(), parameter.ndim) for parameter in Bert(PRESETS[preset]).parameters()]
+    matrices = sum(size for size, ndim in sizes if ndim >= 2)
+    assert parameter_counts(PRESETS[preset]) == (sum(size for size, _ in sizes), matrices)
+
+
 @pytest.mark.parametrize("preset", ["cramfast-tiny", "bert-mini"])
 def test_parameters_are_counted_as_weights_lays_them_out(preset):
     weights = Weights(Bert(PRESETS[preset]), BF16)

@@ -30,7 +30,6 @@ Further down every layer leaves more room than the next one takes; the embedding
 when no layer is left.
 """
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -39,7 +38,6 @@ import torch
 from ..config import Activations, ModelConfig, byte_count
 from ..errors import UserError
 from ..evaluate.mlm import BATCH_TOKENS
-from ..model import Bert
 
 MOST_TOKENS = 65_536
 """Tokens in a microbatch beyond which a step is no faster."""
@@ -227,10 +225,17 @@ def _evaluation_bytes(config: ModelConfig, item: int) -> int:
     return item * (matrices + BATCH_TOKENS * (around + network))
 
 
-@functools.cache
 def parameter_counts(config: ModelConfig) -> tuple[int, int]:
-    """Elements of all parameters, and of the matrices among them."""
-    with torch.device("meta"):
-        model = Bert(config)
-    sizes = [(parameter.numel(), parameter.ndim) for parameter in model.parameters()]
-    return sum(size for size, _ in sizes), sum(size for size, ndim in sizes if ndim >= 2)
+    """Elements of all parameters of a `Bert`, and of the matrices among them."""
+    hidden, wide = config.hidden_size, config.intermediate_size * (2 if config.activation == "geglu" else 1)
+    tables = config.vocab_size + config.token_types
+    tables += config.max_positions if config.positions == "learned" else 0
+    layer = 4 * hidden * hidden + hidden * (wide + config.intermediate_size)
+    matrices = config.num_layers * layer + hidden * tables + config.head_transform * hidden * hidden
+    norms = 1 + 2 * config.num_layers + config.head_transform  # the embedding's, the layers', the transform's
+    if config.norm == "pre":
+        norms += 1 - (not config.first_norm)
+    vectors = norms * hidden * (1 + config.norm_bias)
+    vectors += config.linear_bias * (config.num_layers * (5 * hidden + wide) + config.head_transform * hidden)
+    vectors += config.decoder_bias * config.vocab_size + (config.positions == "sinusoidal")
+    return matrices + vectors, matrices

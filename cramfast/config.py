@@ -15,7 +15,11 @@ Activations = Literal["keep", "lean", "layers"]
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Architecture of a `Bert`. Sizes are in elements; `intermediate_size` is the width after the activation."""
+    """Architecture of a `Bert`. Sizes are in elements; `intermediate_size` is the width after the activation.
+
+    window: tokens that local layers see on either side; None: no layer is local. With a window, every `global_every`th
+    layer, from the first one on, sees the whole sequence; the others turn by `local_rope_theta`.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -35,14 +39,25 @@ class ModelConfig:
     head_transform: bool = True
     decoder_bias: bool = False
     initializer_range: float = 0.02
+    window: int | None = None
+    global_every: int = 3
+    local_rope_theta: float = 10_000.0
 
     def __post_init__(self):
         if self.hidden_size % self.num_heads:
             raise UserError(f"hidden size {self.hidden_size} is not a multiple of {self.num_heads} heads")
+        if self.token_types and self.positions == "rotary":
+            raise UserError("token types are added to position embeddings, which rotary positions have none of")
+        if self.window is not None and (self.window < 0 or self.global_every < 1):
+            raise UserError(f"window {self.window}, global every {self.global_every}: expected at least 0 and 1")
 
     @property
     def head_size(self) -> int:
         return self.hidden_size // self.num_heads
+
+    def is_local(self, layer: int) -> bool:
+        """Whether layer `layer`, counted from 0, sees a window alone."""
+        return self.window is not None and layer % self.global_every != 0
 
     def flops_per_token(self, predicted: float, mean_attended: float) -> float:
         """Floating-point operations of forward + backward for one token, by definition: 6 per weight of every matrix

@@ -22,7 +22,9 @@ from .layers import (
 
 
 class Embeddings(nn.Module):
-    """Token (+ position) embeddings and their LayerNorm: ids (T,) → (T, C)."""
+    """Token (+ position, + token type) embeddings and their LayerNorm: ids (T,) → (T, C)."""
+
+    dropout = 0.0
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -35,15 +37,21 @@ class Embeddings(nn.Module):
             self.positions = ScaledSinusoid(config.max_positions, config.hidden_size)
         self.token_types = nn.Embedding(config.token_types, config.hidden_size) if config.token_types else None
 
-    def forward(self, input_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, input_ids: torch.Tensor, cu_seqlens: torch.Tensor, token_types: torch.Tensor | None = None
+    ) -> torch.Tensor:
         position_ids = position_weight = None
         if self.positions is not None:
             _, position_ids = sequence_positions(cu_seqlens, input_ids.numel())
             position_weight = self.positions.weight
-            if self.token_types is not None:
+            if token_types is not None:
+                # One table of all sums of a type's row and a position's, type by type.
+                position_ids = position_ids + len(position_weight) * token_types
+                position_weight = (self.token_types.weight[:, None] + position_weight).flatten(0, 1)
+            elif self.token_types is not None:
                 # Pretraining has one token type; its row rides on every position row.
                 position_weight = position_weight + self.token_types.weight[0]
-        return embed(
+        embedded = embed(
             input_ids,
             self.tokens.weight,
             self.norm.weight,
@@ -53,6 +61,7 @@ class Embeddings(nn.Module):
             eps=self.norm.eps,
             dtype=_activation_dtype(self.tokens.weight),
         )
+        return _dropped(embedded, self)
 
 
 class ScaledSinusoid(nn.Module):
@@ -99,11 +108,13 @@ class PreNormLayer(nn.Module):
     addition happens inside the norm that follows it.
     """
 
-    def __init__(self, config: ModelConfig, first: bool):
+    dropout = 0.0
+
+    def __init__(self, config: ModelConfig, number: int):
         super().__init__()
-        without_norm = first and not config.first_norm
+        without_norm = number == 0 and not config.first_norm
         self.attention_norm = None if without_norm else _add_norm(config)
-        self.attention = UnpaddedSelfAttention(config.hidden_size, config.num_heads, config.linear_bias)
+        self.attention = _attention(config, number)
         self.mlp_norm = _add_norm(config)
         self.mlp = FeedForward(config)
 
@@ -112,24 +123,27 @@ class PreNormLayer(nn.Module):
             qkv, residual = self.attention.qkv(x), x
         else:
             qkv, residual = self.attention_norm.then(self.attention.qkv, x, residual, recompute)
-        x = self.attention.attend(qkv, *sequences, rows=rows)
+        x = _dropped(self.attention.attend(qkv, *sequences, rows=rows), self)
         wide, residual = self.mlp_norm.then(self.mlp[0], x, only(residual, rows), recompute)
-        return self.mlp.finish(wide, recompute), residual
+        return _dropped(self.mlp.finish(wide, recompute), self), residual
 
 
 class PostNormLayer(nn.Module):
     """x → norm(x + attention(x)), then the same with the feed-forward network, as the original BERT."""
 
-    def __init__(self, config: ModelConfig, first: bool):
+    dropout = 0.0
+
+    def __init__(self, config: ModelConfig, number: int):
         super().__init__()
-        self.attention = UnpaddedSelfAttention(config.hidden_size, config.num_heads, config.linear_bias)
+        self.attention = _attention(config, number)
         self.attention_norm = _add_norm(config)
         self.mlp = FeedForward(config)
         self.mlp_norm = _add_norm(config)
 
     def forward(self, x, residual, sequences, rows=None, recompute=False):
-        x, _ = self.attention_norm(self.attention(x, *sequences, rows=rows), only(x, rows))
-        x, _ = self.mlp_norm(self.mlp.finish(self.mlp[0](x), recompute), x)
+        attended = _dropped(self.attention(x, *sequences, rows=rows), self)
+        x, _ = self.attention_norm(attended, only(x, rows))
+        x, _ = self.mlp_norm(_dropped(self.mlp.finish(self.mlp[0](x), recompute), self), x)
         return x, None
 
 
@@ -143,6 +157,9 @@ class Bert(nn.Module):
     activations: what the layers save for the backward pass, where weights have a `main_grad`: all that it reads
     ("keep"); not the outputs of norms and activation functions, which it writes once more ("lean"); or nothing but
     their input, so that it repeats them ("layers").
+
+    dropout: the share dropped in training from the embedding, the attention weights and each block's output; it can be
+    set later as well. On a GPU, "layers" with dropout cannot run as a CUDA graph.
     """
 
     def __init__(
@@ -151,6 +168,7 @@ class Bert(nn.Module):
         sparse_last_layer: bool = True,
         memory: str = "fast",
         activations: Activations = "keep",
+        dropout: float = 0.0,
     ):
         super().__init__()
         self.config = config
@@ -158,7 +176,7 @@ class Bert(nn.Module):
         self.activations = activations
         self.embeddings = Embeddings(config)
         layer = PreNormLayer if config.norm == "pre" else PostNormLayer
-        self.layers = nn.ModuleList(layer(config, first=i == 0) for i in range(config.num_layers))
+        self.layers = nn.ModuleList(layer(config, number) for number in range(config.num_layers))
         self.final_norm = _add_norm(config) if config.norm == "pre" else None
         self.head = SparseMLMHead(
             config.hidden_size,
@@ -170,12 +188,31 @@ class Bert(nn.Module):
             eps=config.norm_eps,
             memory=memory,
         )
-        cos = sin = None
-        if config.positions == "rotary":
-            cos, sin = rotary_tables(config.max_positions, config.head_size, config.rope_theta)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self._add_tables("", config.rope_theta if config.positions == "rotary" else None)
+        local = config.positions == "rotary" and config.window is not None
+        self._add_tables("local_", config.local_rope_theta if local else None)
+        self.dropout = dropout
         self.apply(self._initialise)
+
+    def _add_tables(self, prefix: str, theta: float | None) -> None:
+        """Buffers `cos` and `sin`, their names after `prefix`; None without theta."""
+        tables = (None, None)
+        if theta is not None:
+            tables = rotary_tables(self.config.max_positions, self.config.head_size, theta)
+        for name, table in zip(("cos", "sin"), tables, strict=True):
+            self.register_buffer(prefix + name, table, persistent=False)
+
+    @property
+    def dropout(self) -> float:
+        return self.embeddings.dropout
+
+    @dropout.setter
+    def dropout(self, share: float) -> None:
+        if not 0.0 <= share < 1.0:
+            raise ValueError(f"Bert: dropout is {share}, expected at least 0 and below 1")
+        self.embeddings.dropout = share
+        for layer in self.layers:
+            layer.dropout = layer.attention.dropout = share
 
     def _initialise(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
@@ -184,22 +221,44 @@ class Bert(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def encode(
-        self, input_ids: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, rows: torch.Tensor | None = None
+        self,
+        input_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        rows: torch.Tensor | None = None,
+        token_types: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Hidden states (T, C) of input_ids (T,), the sequences cu_seqlens (B+1,) marks, none above max_seqlen.
 
         With `rows` (M,), indices of tokens, those (M, C) of these alone; the last layer then leaves the others out of
-        all that follows its attention.
+        all that follows its attention. token_types: int64 (T,), None for all 0; ValueError where the model has none.
         """
-        x, residual = self.embeddings(input_ids, cu_seqlens), None
-        sequences = (cu_seqlens, max_seqlen, self.cos, self.sin)
+        if token_types is not None:
+            self._expect_token_types(token_types, input_ids, max_seqlen)
+        x, residual = self.embeddings(input_ids, cu_seqlens, token_types), None
+        everywhere = (cu_seqlens, max_seqlen, self.cos, self.sin)
+        nearby = (cu_seqlens, max_seqlen, self.local_cos, self.local_sin)
+        # What the backward pass repeats has to drop the same again.
+        repeated = {"use_reentrant": False, "preserve_rng_state": self.training and self.dropout > 0}
         for layer in self.layers:
+            sequences = everywhere if layer.attention.window is None else nearby
             arguments = (x, residual, sequences, rows if layer is self.layers[-1] else None)
             if self.activations == "layers" and torch.is_grad_enabled():
-                x, residual = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
+                x, residual = checkpoint(layer, *arguments, **repeated)
             else:
                 x, residual = layer(*arguments, recompute=self.activations == "lean")
         return x if self.final_norm is None else self.final_norm(x, residual)[0]
+
+    def _expect_token_types(self, token_types: torch.Tensor, input_ids: torch.Tensor, max_seqlen: int) -> None:
+        if not self.config.token_types:
+            raise ValueError("Bert.encode: token_types are given, but the model has none (config.token_types is 0)")
+        if token_types.shape != input_ids.shape or token_types.dtype not in (torch.int32, torch.int64):
+            found = f"{token_types.dtype} of {tuple(token_types.shape)}"
+            raise ValueError(f"Bert.encode: token_types are {found}, expected int64 of {tuple(input_ids.shape)}")
+        if max_seqlen > self.config.max_positions:
+            # A place past the last one of a type would be the first one of the next.
+            places = self.config.max_positions
+            raise ValueError(f"Bert.encode: max_seqlen is {max_seqlen}, the model has {places} places")
 
     def forward(
         self,
@@ -244,6 +303,17 @@ def rotary_tables(positions: int, size: int, theta: float) -> tuple[torch.Tensor
     frequency = theta ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
     angle = torch.arange(positions, dtype=torch.float64)[:, None] * frequency
     return angle.cos().float(), angle.sin().float()
+
+
+def _dropped(x: torch.Tensor, module: nn.Module) -> torch.Tensor:
+    """x, of which `module.dropout` is zeroed and the rest scaled up in training; x itself where that is 0."""
+    return nn.functional.dropout(x, module.dropout) if module.training and module.dropout else x
+
+
+def _attention(config: ModelConfig, number: int) -> UnpaddedSelfAttention:
+    """That of layer `number`."""
+    window = config.window if config.is_local(number) else None
+    return UnpaddedSelfAttention(config.hidden_size, config.num_heads, config.linear_bias, window=window)
 
 
 def _add_norm(config: ModelConfig) -> FusedAddLayerNorm:

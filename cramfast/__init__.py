@@ -10,7 +10,11 @@ if not (Path(__file__).parent / "kernels").is_dir():
 
 
 def load(path):
-    """The `Bert` saved in a run, a checkpoint or a `final` folder, in evaluation mode on the CPU."""
-    from .train.checkpoint import load_model
+    """A saved `Bert` in evaluation mode on the CPU.
 
-    return load_model(path)
+    path: a cramfast run, a checkpoint or a `final`; a folder of a BERT or ModernBERT that Hugging Face's transformers
+    saved, or the id of one on the hub. Raises `cramfast.errors.UserError` for what is none of these, or is damaged.
+    """
+    from .pretrained import load
+
+    return load(path)

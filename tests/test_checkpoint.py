@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models
 
 import cramfast
 from cramfast.config import ModelConfig, OptimizerOptions
+from cramfast.data.tokenizer import SPECIAL_TOKENS
 from cramfast.errors import UserError
 from cramfast.model import Bert
 from cramfast.train import checkpoint as module
@@ -86,7 +87,9 @@ def refusal(run, *arguments) -> str:
 @pytest.fixture
 def tokenizer(tmp_path):
     path = tmp_path / "any-tokenizer.json"
-    Tokenizer(models.WordPiece({"[UNK]": 0}, unk_token="[UNK]")).save(str(path))
+    entries = [*SPECIAL_TOKENS, *map(str, range(CONFIG.vocab_size - len(SPECIAL_TOKENS)))]
+    numbers = {entry: number for number, entry in enumerate(entries)}
+    Tokenizer(models.WordPiece(numbers, unk_token="[UNK]")).save(str(path))
     return path
 
 
@@ -291,8 +294,9 @@ def test_load_refuses_a_folder_without_a_model(tmp_path, exists):
 
 
 def test_load_refuses_the_config_of_another_library(run):
-    (run / "final" / "config.json").write_text('{"model_type": "bert"}')
-    assert str(run / "final" / "config.json") in refusal(cramfast.load, run)
+    (run / "final" / "config.json").write_text('{"model_type": "gpt2"}')
+    message = refusal(cramfast.load, run)
+    assert str(run / "final" / "config.json") in message and "gpt2" in message
 
 
 def test_load_names_the_settings_it_does_not_know(run):

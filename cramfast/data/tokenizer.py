@@ -62,12 +62,19 @@ def train_tokenizer(
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")],
-    )
+    frame_texts(tokenizer)
     return tokenizer
+
+
+def frame_texts(tokenizer: Tokenizer) -> None:
+    """Have the tokenizer put [CLS] and [SEP] (or <s> and </s>) around a text, and another [SEP] after a second one."""
+    special = special_ids(tokenizer)
+    cls, sep = tokenizer.id_to_token(special.cls), tokenizer.id_to_token(special.sep)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{cls} $A {sep}",
+        pair=f"{cls} $A {sep} $B:1 {sep}:1",
+        special_tokens=[(cls, special.cls), (sep, special.sep)],
+    )
 
 
 def _normalizer(lowercase: bool, strip_accents: bool, ascii_only: bool) -> normalizers.Normalizer:
@@ -92,14 +99,41 @@ def _alphabet(counts: Counter, lowercase: bool, limit: int) -> list[str]:
     return ascii_letters + others
 
 
-def open_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a tokenizer.json. Raises UserError when it is missing, broken or lacks a special token."""
+def bert_tokenizer(vocabulary: Path, settings: dict) -> Tokenizer:
+    """The tokenizer of BERT's old files: vocab.txt, an entry a line, and what tokenizer_config.json says.
+
+    Raises UserError when the vocabulary cannot be read or lacks a special token.
+    """
+    try:
+        entries = vocabulary.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{vocabulary}: damaged or unreadable: {error}") from error
+    numbers = {entry.rstrip("\r"): number for number, entry in enumerate(entries[:-1] if not entries[-1] else entries)}
+    tokenizer = Tokenizer(models.WordPiece(numbers, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        lowercase=settings.get("do_lower_case", True),
+        strip_accents=settings.get("strip_accents"),
+        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    special_ids(tokenizer, str(vocabulary))
+    tokenizer.add_special_tokens([token for token in SPECIAL_TOKENS if token in numbers])
+    frame_texts(tokenizer)
+    return tokenizer
+
+
+def open_tokenizer(path: Path, flag: str = "--tokenizer ") -> Tokenizer:
+    """The tokenizer of a tokenizer.json. Raises UserError when it is missing, broken or lacks a special token.
+
+    flag: what an error names before the path.
+    """
     if not path.is_file():
-        raise UserError(f"--tokenizer {path}: no such file")
+        raise UserError(f"{flag}{path}: no such file")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
-        raise UserError(f"--tokenizer {path}: not a tokenizer.json: {error}") from error
+        raise UserError(f"{flag}{path}: not a tokenizer.json: {error}") from error
     # Lengths are this project's to decide; a saved truncation would silently drop text.
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -112,16 +146,22 @@ def special_ids(tokenizer: Tokenizer, name: str = "tokenizer") -> SpecialIds:
 
     Raises UserError when one is missing.
     """
-    ids = {}
-    for token in SPECIAL_TOKENS:
-        found = tokenizer.token_to_id(token)
-        ids[token] = tokenizer.token_to_id(_OTHER_NAMES[token]) if found is None else found
-        if ids[token] is None:
-            raise UserError(f"{name}: has neither {token} nor {_OTHER_NAMES[token]}")
+    ids = {token: tokenizer.token_to_id(own) for token, own in special_tokens(tokenizer, name).items()}
     size = tokenizer.get_vocab_size()
     first = max((i + 1 for i in ids.values() if i < size // 2), default=0)
     end = min((i for i in ids.values() if i >= size // 2), default=size)
     return SpecialIds(ids["[PAD]"], ids["[CLS]"], ids["[SEP]"], ids["[MASK]"], (first, end))
+
+
+def special_tokens(tokenizer: Tokenizer, name: str = "tokenizer") -> dict[str, str]:
+    """What this tokenizer calls each of SPECIAL_TOKENS. Raises UserError when one is missing."""
+    names = {}
+    for token in SPECIAL_TOKENS:
+        known = [own for own in (token, _OTHER_NAMES[token]) if tokenizer.token_to_id(own) is not None]
+        if not known:
+            raise UserError(f"{name}: has neither {token} nor {_OTHER_NAMES[token]}")
+        names[token] = known[0]
+    return names
 
 
 def continuing_ids(tokenizer: Tokenizer) -> list[bool]:

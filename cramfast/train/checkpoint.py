@@ -24,7 +24,7 @@ _RANDOM = "random."
 
 
 @contextmanager
-def _folder_aside(target: Path) -> Iterator[Path]:
+def folder_aside(target: Path) -> Iterator[Path]:
     """A folder to fill that takes the name `target` once it is complete and on disk."""
     aside = target.with_name(f".{target.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
@@ -54,7 +54,7 @@ def write_json(path: Path, value: dict) -> None:
 
 def save_model(target: Path, model: Bert, tokenizer: Path) -> None:
     """Save a model with its tokenizer.json as the folder `target`."""
-    with _folder_aside(target) as folder:
+    with folder_aside(target) as folder:
         _write_model(folder, model)
         shutil.copyfile(tokenizer, folder / "tokenizer.json")
 
@@ -69,13 +69,10 @@ def load_model(path: str | Path) -> Bert:
 
     Raises UserError when there is none, or when weights are missing, unknown or of the wrong shape.
     """
-    path = Path(path)
-    folder = path if (path / "model.safetensors").is_file() else path / "final"
-    if not folder.is_dir():
-        folder = latest_checkpoint(path)
+    folder = model_folder(Path(path))
     if folder is None:
         raise UserError(f"{path}: holds no cramfast model (no model.safetensors, final/ or checkpoint-STEP/)")
-    settings = _read_json(folder / "config.json").get("cramfast")
+    settings = read_json(folder / "config.json").get("cramfast")
     if settings is None:
         raise UserError(f"{folder / 'config.json'}: not a cramfast model's")
     try:
@@ -87,9 +84,16 @@ def load_model(path: str | Path) -> Bert:
     return model.eval()
 
 
+def model_folder(path: Path) -> Path | None:
+    """Where the model of a run is: its `final`, else its newest checkpoint. `path` itself where that holds a model."""
+    if (path / "model.safetensors").is_file():
+        return path
+    return path / "final" if (path / "final").is_dir() else latest_checkpoint(path)
+
+
 def _load_weights(model: Bert, folder: Path) -> None:
     try:
-        model.load_state_dict(_read_tensors(folder / "model.safetensors"))
+        model.load_state_dict(read_tensors(folder / "model.safetensors"))
     except RuntimeError as error:
         raise UserError(f"{folder / 'model.safetensors'}: {' '.join(str(error).split())}") from error
 
@@ -104,7 +108,7 @@ def save_checkpoint(
     target = run / f"checkpoint-{step}"
     if target.is_dir():
         return target  # it holds the same; a crash while it is replaced could leave none
-    with _folder_aside(target) as folder:
+    with folder_aside(target) as folder:
         _write_model(folder, model)
         save_file(tensors | _random_state(), folder / "trainer.safetensors")
         (folder / "trainer.json").write_text(json.dumps(state, indent=1) + "\n")
@@ -116,7 +120,7 @@ def save_checkpoint(
 def load_checkpoint(path: Path, model: Bert, tensors: dict[str, torch.Tensor]) -> dict:
     """Put a checkpoint back into model and tensors, in place; returns its state. Raises UserError when it is damaged or
     holds other tensors."""
-    stored, state = _read_tensors(path / "trainer.safetensors"), _read_json(path / "trainer.json")
+    stored, state = read_tensors(path / "trainer.safetensors"), read_json(path / "trainer.json")
     _load_weights(model, path)
     random = {name: stored.pop(name) for name in [*stored] if name.startswith(_RANDOM)}
     differing = sorted(
@@ -157,14 +161,16 @@ def _restore_random_state(states: dict[str, torch.Tensor]) -> None:
         torch.cuda.set_rng_state(states[f"{_RANDOM}cuda"])
 
 
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file. Raises UserError when it is damaged or not there."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: damaged or unreadable: {error}") from error
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """The JSON object in a file. Raises UserError when it is damaged or not there."""
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError) as error:

@@ -222,6 +222,9 @@ class PretrainOptions:
 
     preset: Preset | None = None
     """Model. None: cramfast-small on a GPU, cramfast-tiny on a CPU."""
+    init_from: str | None = None
+    """Start from the weights, the model and the tokenizer of a cramfast run, a Hugging Face folder or a hub id, in
+    place of --preset."""
     recipe: Literal["cramfast", "cramming"] = "cramfast"
     """cramfast: Muon and AdamW, 2 % warm-up, second half decaying, a batch that suits the budget. cramming: the
     paper's."""
@@ -299,16 +302,18 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def resolve(options: PretrainOptions, has_gpu: bool) -> PretrainOptions:
+def resolve(options: PretrainOptions, has_gpu: bool, initial: ModelConfig | None = None) -> PretrainOptions:
     """Fill every None that the recipe, the preset or the kind of device decides, and refuse impossible combinations.
 
-    What depends on the machine (batch_size of the cramfast recipe, microbatch_size, memory_limit) stays None.
+    initial: the model that --init-from names; then there is no preset. What depends on the machine (batch_size of the
+    cramfast recipe, microbatch_size, memory_limit) stays None.
     """
     recipe = RECIPES[options.recipe]
-    preset = options.preset or ("cramfast-small" if has_gpu else "cramfast-tiny")
+    preset = None if initial else options.preset or ("cramfast-small" if has_gpu else "cramfast-tiny")
+    model = initial or PRESETS[preset]
     text, batches, optimizer = options.text, options.batches, options.optimizer
     heldout_fraction = 0.01 if text.data else 0.05
-    text = _fill(text, recipe, vocab_size=PRESETS[preset].vocab_size, heldout_fraction=heldout_fraction)
+    text = _fill(text, recipe, vocab_size=model.vocab_size, heldout_fraction=heldout_fraction)
     batches = _fill(batches, recipe)
     if options.batches.batch_size and options.batches.batch_ramp is None:
         # A batch size asked for by name is held; only the recipe's own is ramped up to.
@@ -321,9 +326,9 @@ def resolve(options: PretrainOptions, has_gpu: bool) -> PretrainOptions:
         budget=options.budget or ("3m" if has_gpu else "75s"),
         text=text,
         batches=batches,
-        optimizer=_fill(optimizer, recipe, lr=recipe.peak_lr(PRESETS[preset].hidden_size)),
+        optimizer=_fill(optimizer, recipe, lr=recipe.peak_lr(model.hidden_size)),
     )
-    _check(resolved)
+    _check(resolved, model)
     return resolved
 
 
@@ -336,13 +341,11 @@ def _fill(settings, recipe: Recipe, **defaults):
     return replace(settings, **missing)
 
 
-def _check(options: PretrainOptions) -> None:
+def _check(options: PretrainOptions, model: ModelConfig) -> None:
     """Raise UserError for values out of range and combinations that cannot work."""
     text, batches, optimizer, run = options.text, options.batches, options.optimizer, options.run
-    limit = PRESETS[options.preset].max_positions
-    _require(
-        2 <= batches.max_length <= limit, f"--max-length {batches.max_length}: {options.preset} takes 2 to {limit}"
-    )
+    limit, name = model.max_positions, options.preset or options.init_from
+    _require(2 <= batches.max_length <= limit, f"--max-length {batches.max_length}: {name} takes 2 to {limit}")
     _require(0 < batches.mask_rate < 1, f"--mask-rate {batches.mask_rate}: expected a share between 0 and 1")
     _require(0 <= batches.batch_ramp <= 1, f"--batch-ramp {batches.batch_ramp}: expected a share from 0 to 1")
     for name in ("batch_size", "microbatch_size"):

@@ -1,7 +1,6 @@
 """A model and its tokenizer as a folder for others: written aside, loaded back, compared, then given its name."""
 
 import json
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from .data.tokenizer import frame_texts, special_ids, special_tokens
 from .errors import UserError
 from .hugging_face import BERT, Family, family_of, write_config, write_weights
 from .model import Bert
-from .pretrained import load, load_tokenizer
+from .pretrained import load_tokenizer, open_pretrained
 from .train.checkpoint import folder_aside
 
 LARGEST_DIFFERENCE = 1e-4
@@ -65,13 +64,16 @@ def export(checkpoint: str | Path, target: Path, report: Callable[[str], None]) 
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"--to {target}: exists and is not an empty folder; give another --to")
     report(f"reading {checkpoint}")
-    model, tokenizer = _read(checkpoint), load_tokenizer(checkpoint)
+    found = open_pretrained(checkpoint)
+    if found.weights.fresh:
+        raise UserError(f"--checkpoint {checkpoint}: holds no prediction head ({found.weights.fresh[0]} is not there)")
+    model, tokenizer = found.model(), load_tokenizer(found.folder)
     try:
         family, reason = family_of(model.config), ""
     except UserError as error:
         family, reason = None, str(error)
     try:
-        with folder_aside(target) as folder:
+        with folder_aside(target.resolve()) as folder:
             report(f"writing {target}")
             _write(folder, model, tokenizer, family)
             report("comparing")
@@ -91,16 +93,6 @@ def export(checkpoint: str | Path, target: Path, report: Callable[[str], None]) 
         difference=difference,
         reason=reason,
     )
-
-
-def _read(checkpoint: str | Path) -> Bert:
-    """The model. A prediction head that was not stored would be exported as noise."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)
-            return load(checkpoint)
-    except UserWarning as warning:
-        raise UserError(f"--checkpoint {warning}; nothing to export as a masked language model") from warning
 
 
 def _write(folder: Path, model: Bert, tokenizer: Tokenizer, family: Family | None) -> None:
@@ -142,7 +134,7 @@ def _difference(model: Bert, tokenizer: Tokenizer, folder: Path, family: Family 
     """The largest difference, in fp32, of the logits of TEXTS from those of the model in `folder`."""
     tokenizer.enable_truncation(model.config.max_positions)
     sequences = [tokenizer.encode(text).ids for text in TEXTS]
-    theirs = _stock_logits(folder, sequences) if family else _own_logits(load(folder), sequences)
+    theirs = _stock_logits(folder, sequences) if family else _own_logits(open_pretrained(folder).model(), sequences)
     return max(
         float((ours - other).abs().max()) for ours, other in zip(_own_logits(model, sequences), theirs, strict=True)
     )

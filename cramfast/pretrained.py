@@ -35,9 +35,11 @@ class Pretrained:
     config: ModelConfig
     weights: Weights
 
-    def fill(self, model: Bert) -> None:
-        """Put the weights into a model of this config; what the folder lacks (`weights.fresh`) stays as it is."""
+    def model(self) -> Bert:
+        """The model, in evaluation mode; what the folder lacks (`weights.fresh`) is random."""
+        model = Bert(self.config)
         model.load_state_dict(self.weights.tensors, strict=False)
+        return model.eval()
 
     def digest(self) -> str:
         """A hash of the config and the weights."""
@@ -57,9 +59,7 @@ def load(path: str | Path) -> Bert:
     if pretrained.weights.fresh:
         names = ", ".join(pretrained.weights.fresh)
         warnings.warn(f"{path}: holds no prediction head; freshly initialised: {names}", stacklevel=3)
-    model = Bert(pretrained.config)
-    pretrained.fill(model)
-    return model.eval()
+    return pretrained.model()
 
 
 def open_pretrained(path: str | Path) -> Pretrained:
@@ -178,6 +178,8 @@ def _unpickled(file: Path) -> dict[str, torch.Tensor]:
 
 
 def _find_tokenizer(folder: Path) -> Tokenizer | None:
+    if folder.name.startswith("checkpoint-") and not (folder / "tokenizer.json").is_file():
+        folder = folder.absolute().parent  # the checkpoints of a run share its tokenizer
     if (folder / "tokenizer.json").is_file():
         return open_tokenizer(folder / "tokenizer.json", "")
     vocabulary = folder / "vocab.txt"

@@ -205,7 +205,7 @@ def test_a_run_learns(reference):
 
 def test_a_run_writes_its_files(reference):
     names = {path.name for path in reference.out.iterdir()} - {"tensorboard"}
-    assert names == {"config.json", "metrics.jsonl", "loss.png", "final", "summary.json"}
+    assert names == {"config.json", "tokenizer.json", "metrics.jsonl", "loss.png", "final", "summary.json"}
     assert (reference.out / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert {path.name for path in (reference.out / "final").iterdir()} == {
         "config.json",

@@ -2,13 +2,15 @@
 
 import hashlib
 import json
+import shutil
+import tempfile
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
-from ..config import PRESETS, RECIPES, ModelConfig, PretrainOptions, resolve
+from ..config import PRESETS, RECIPES, PretrainOptions, resolve
 from ..data.batches import DocumentPieces, PackedPieces, PieceSource
 from ..data.prepare import default_cache, prepare
 from ..data.shards import Dataset, TokenStream
@@ -17,6 +19,7 @@ from ..device import environment, has_gpu, matmul_rate, operator_backends, pick_
 from ..errors import TrainingFailed, UserError
 from ..evaluate.mlm import Example, HeldOut, Score, fill_examples
 from ..model import Bert
+from ..pretrained import Pretrained, load_tokenizer, open_pretrained
 from .checkpoint import save_model, write_json
 from .loop import Setup, State, Stopped, StopSignals, Trainer
 from .memory import predict_bytes, usable_bytes
@@ -41,23 +44,23 @@ def pretrain(options: PretrainOptions) -> int:
 
 
 def _pretrain(options: PretrainOptions, display: Display, signals: StopSignals) -> int:
-    options = resolve(options, has_gpu(options.device))
+    initial = _open_initial(options, display)
+    options = resolve(options, has_gpu(options.device), initial.config if initial else None)
     device = pick_device(options.device)
     dtype = pick_dtype(device, options.dtype)
     operator_backends(device)  # refuses what CRAMFAST_KERNELS cannot have
     options = replace(options, device=device.type, dtype=str(dtype).removeprefix("torch."))
-    dataset = _open_dataset(options, display)
-    config = replace(PRESETS[options.preset], vocab_size=dataset.vocab_size)
-    settings = _settings(options, dataset)
-    folder = options.run.out or Path("runs") / f"{options.preset}-{_digest(settings)[:8]}"
+    dataset = _open_dataset(options, initial, display)
+    settings = _settings(options, dataset, initial)
+    folder = options.run.out or Path("runs") / f"{_name(options)}-{_digest(settings)[:8]}"
     decided = _open_folder(folder, settings)
     if (folder / "summary.json").is_file():
         display.say(f"{folder} is finished; give another --out, or delete it, to train again")
         _print_summary(display, folder, dataset)
         return 0
     special = special_ids(dataset.tokenizer)
-    setup = _set_up(options, config, dataset, special, folder, device, dtype, decided, display)
-    _write_config(setup, settings, device)
+    setup = _set_up(options, initial, dataset, special, folder, device, dtype, decided, display)
+    _write_config(setup, settings, device, dataset)
     trainer = Trainer(setup, display, signals)
     _print_start(display, setup, trainer.state)
     try:
@@ -71,11 +74,36 @@ def _pretrain(options: PretrainOptions, display: Display, signals: StopSignals) 
     return 0
 
 
-def _open_dataset(options: PretrainOptions, display: Display) -> Dataset:
+def _open_initial(options: PretrainOptions, display: Display) -> Pretrained | None:
+    """What --init-from names. UserError for flags that say something else about it."""
+    if options.init_from is None:
+        return None
+    given = {"preset": options.preset, "tokenizer": options.text.tokenizer, "vocab-size": options.text.vocab_size}
+    for flag, value in given.items():
+        if value is not None:
+            raise UserError(f"--{flag} {value}: --init-from brings model and tokenizer; leave one of the two out")
+    initial = open_pretrained(options.init_from)
+    display.say(f"starting from {initial.folder}")
+    for what, names in (("left out", initial.weights.dropped), ("not there, so random", initial.weights.fresh)):
+        if names:
+            display.say(f"  {what}: {', '.join(names)}")
+    return initial
+
+
+def _name(options: PretrainOptions) -> str:
+    """The model in a word."""
+    return options.preset or Path(options.init_from).resolve().name
+
+
+def _open_dataset(options: PretrainOptions, initial: Pretrained | None, display: Display) -> Dataset:
     began = time.monotonic()
     cache = options.run.cache or default_cache()
-    with display.preparing() as report:
-        dataset = prepare(options.text, cache.expanduser(), report, display.say)
+    with display.preparing() as report, tempfile.TemporaryDirectory() as aside:
+        text = options.text
+        if initial is not None:
+            text = replace(text, tokenizer=Path(aside) / "tokenizer.json")
+            load_tokenizer(initial.folder).save(str(text.tokenizer))
+        dataset = prepare(text, cache.expanduser(), report, display.say)
     train = dataset.manifest["splits"]["train"]
     display.say(
         f"{train['tokens']:,} tokens of {train['documents']:,} documents, {dataset.vocab_size:,} word pieces "
@@ -84,10 +112,11 @@ def _open_dataset(options: PretrainOptions, display: Display) -> Dataset:
     return dataset
 
 
-def _settings(options: PretrainOptions, dataset: Dataset) -> dict:
+def _settings(options: PretrainOptions, dataset: Dataset, initial: Pretrained | None) -> dict:
     """Everything that the result of a run depends on, as JSON; where it is stored is not part of it."""
     settings = asdict(replace(options, run=None))
     settings["tokens"] = dataset.folder.name
+    settings["init_from"] = initial.digest() if initial else None
     return json.loads(json.dumps(settings, default=str))
 
 
@@ -117,8 +146,8 @@ def _open_folder(folder: Path, settings: dict) -> BatchPlan | None:
     return None
 
 
-def _write_config(setup: Setup, settings: dict, device: torch.device) -> None:
-    """Make the folder of the run and write its config.json."""
+def _write_config(setup: Setup, settings: dict, device: torch.device, dataset: Dataset) -> None:
+    """Make the folder of the run and write its config.json, and the tokenizer that goes with its checkpoints."""
     config = {
         "settings": settings,
         "decided": asdict(setup.plan),
@@ -128,6 +157,7 @@ def _write_config(setup: Setup, settings: dict, device: torch.device) -> None:
     try:
         setup.folder.mkdir(parents=True, exist_ok=True)
         write_json(setup.folder / "config.json", config)
+        shutil.copyfile(dataset.folder / "tokenizer.json", setup.folder / "tokenizer.json")
     except OSError as error:
         raise UserError(f"--out {setup.folder}: {error.strerror}") from error
 
@@ -145,7 +175,7 @@ def _differences(stored: dict, now: dict) -> list[str]:
 
 def _set_up(
     options: PretrainOptions,
-    config: ModelConfig,
+    initial: Pretrained | None,
     dataset: Dataset,
     special: SpecialIds,
     folder: Path,
@@ -157,8 +187,12 @@ def _set_up(
     """Model, optimizer, batches, and a batch size where none was given."""
     memory = usable_bytes(device, options.memory_limit)
     torch.manual_seed(options.seed)
-    with device:  # drawing the weights on a CPU takes seconds
-        model = Bert(config).train()
+    if initial is None:
+        with device:  # drawing the weights on a CPU takes seconds
+            model = Bert(replace(PRESETS[options.preset], vocab_size=dataset.vocab_size))
+    else:
+        model = initial.model().to(device)
+    model.train()
     continues = _continues(dataset, device) if options.batches.whole_words else None
     settings = {"continues": continues, "graphs": options.run.graphs}
     step = TrainStep(model, options.optimizer, special, dtype, options.seed, **settings)
@@ -230,7 +264,7 @@ def _print_start(display: Display, setup: Setup, state: State) -> None:
     batch = setup.plan.unit * setup.plan.units
     ramp = f", reached at {options.batches.batch_ramp:.0%}" if options.batches.batch_ramp else ""
     display.say(
-        f"{options.preset}, {parameters / 1e6:.1f} M parameters, on {options.device} in {options.dtype}; "
+        f"{_name(options)}, {parameters / 1e6:.1f} M parameters, on {options.device} in {options.dtype}; "
         f"{options.recipe} recipe, {options.batches.layout} sequences of {options.batches.max_length}, "
         f"batch {batch}{ramp} ({_microbatch(setup, state)}), lr {options.optimizer.lr:g} "
         f"{RECIPES[options.recipe].schedule}, budget {options.budget}"

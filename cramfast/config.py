@@ -359,7 +359,10 @@ def _check(options: PretrainOptions, model: ModelConfig) -> None:
         0 < text.heldout_fraction < 1, f"--heldout-fraction {text.heldout_fraction}: expected a share between 0 and 1"
     )
     _require(text.max_tokens_per_char > 0, f"--max-tokens-per-char {text.max_tokens_per_char}: expected more than 0")
-    _require(text.vocab_size >= 256, f"--vocab-size {text.vocab_size}: expected at least 256")
+    _require(
+        text.vocab_size >= 256 or options.init_from is not None,
+        f"--vocab-size {text.vocab_size}: expected at least 256",
+    )
     _require(0 < optimizer.lr < math.inf, f"--lr {optimizer.lr}: expected a number above 0")
     _require(0 < optimizer.muon_lr < math.inf, f"--muon-lr {optimizer.muon_lr}: expected a number above 0")
     _require(optimizer.clip > 0, f"--clip {optimizer.clip}: expected more than 0")

@@ -97,6 +97,8 @@ def _locate(path: str | Path) -> Path:
         found = folder if _weights_file(folder) is not None else model_folder(folder)
         if found is None:
             raise UserError(f"{folder}: holds no model (no {', '.join(_WEIGHTS[::2])}, final/ or checkpoint-STEP/)")
+        if _weights_file(found) is None:
+            raise UserError(f"{found / _WEIGHTS[0]}: damaged: not there")
         return found
     if folder.exists() or not _HUB_ID.fullmatch(str(path)):
         raise UserError(f"{path}: no such folder")

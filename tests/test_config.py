@@ -69,7 +69,7 @@ def test_the_preset_flag_offers_every_preset():
 def test_every_preset_resolves_with_every_recipe(preset, recipe):
     options = resolve(PretrainOptions(preset=preset, recipe=recipe), has_gpu=False)
     # batch_size of the cramfast recipe, microbatch_size and memory_limit depend on the machine, the rest on the person.
-    left = {"microbatch_size", "memory_limit", "tokenizer", "out", "cache"}
+    left = {"init_from", "microbatch_size", "memory_limit", "tokenizer", "out", "cache"}
     left |= {"batch_size"} if recipe == "cramfast" else set()
     parts = (options, options.text, options.batches, options.optimizer, options.run)
     assert {f.name for part in parts for f in fields(part) if getattr(part, f.name) is None} == left

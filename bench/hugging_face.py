@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from cramfast.config import ModelConfig
+from cramfast.hugging_face import write_weights
 
 from .steps import INITIAL_SEED, MaskedBatch, Ordinary, initial_bert
 
@@ -18,41 +19,6 @@ _WINDOW = 64
 MODERNBERT_BASE = ModelConfig(
     vocab_size=50_368, hidden_size=768, num_layers=22, num_heads=12, intermediate_size=1152, max_positions=8192
 )
-
-_OUTSIDE_LAYERS = {
-    "embeddings.tokens": "bert.embeddings.word_embeddings",
-    "embeddings.positions": "bert.embeddings.position_embeddings",
-    "embeddings.token_types": "bert.embeddings.token_type_embeddings",
-    "embeddings.norm": "bert.embeddings.LayerNorm",
-    "head.transform.0": "cls.predictions.transform.dense",
-    "head.transform.2": "cls.predictions.transform.LayerNorm",
-    "head": "cls.predictions",
-}
-_IN_A_LAYER = {
-    "attention.out": "attention.output.dense",
-    "attention_norm": "attention.output.LayerNorm",
-    "mlp.0": "intermediate.dense",
-    "mlp.2": "output.dense",
-    "mlp_norm": "output.LayerNorm",
-}
-
-
-def bert_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors by parameter of `cramfast.model.Bert`, weights or their gradients, by parameter of BertForMaskedLM."""
-    renamed = {}
-    for name, tensor in tensors.items():
-        module, kind = name.rsplit(".", 1)
-        if not name.startswith("layers."):
-            renamed[f"{_OUTSIDE_LAYERS[module]}.{kind}"] = tensor
-            continue
-        _, number, inside = module.split(".", 2)
-        layer = f"bert.encoder.layer.{number}"
-        if inside == "attention.qkv":
-            for part, third in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
-                renamed[f"{layer}.attention.self.{part}.{kind}"] = third
-        else:
-            renamed[f"{layer}.{_IN_A_LAYER[inside]}.{kind}"] = tensor
-    return renamed
 
 
 def hf_bert(config: ModelConfig) -> nn.Module:
@@ -73,7 +39,7 @@ def hf_bert(config: ModelConfig) -> nn.Module:
             attention_probs_dropout_prob=0.0,
         )
     )
-    weights = bert_tensors(initial_bert(config).state_dict())
+    weights = write_weights(initial_bert(config).state_dict(), config)
     # The decoder shares both of its parameters, under names of its own.
     weights["cls.predictions.decoder.weight"] = weights["bert.embeddings.word_embeddings.weight"]
     weights["cls.predictions.decoder.bias"] = weights["cls.predictions.bias"]

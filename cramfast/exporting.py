@@ -156,7 +156,7 @@ def _stock_logits(folder: Path, sequences: list[list[int]]) -> list[torch.Tensor
     except ImportError as error:
         raise UserError("an export is tested by loading it with transformers: pip install transformers") from error
     logging.disable_progress_bar()
-    model, report = AutoModelForMaskedLM.from_pretrained(folder, output_loading_info=True)
+    model, report = AutoModelForMaskedLM.from_pretrained(folder, attn_implementation="sdpa", output_loading_info=True)
     left_over = {kind: names for kind, names in report.items() if names}
     if left_over:
         raise UserError(f"transformers does not load it as it should: {left_over}; nothing was written")

@@ -237,7 +237,8 @@ def _setting(settings: dict, name: str, default):
     """settings[name], of the type of `default`, which stands for one that is absent."""
     value = settings.get(name, default)
     kinds = (int, float) if isinstance(default, float) else type(default)
-    if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
+    fits = isinstance(value, kinds) and isinstance(value, bool) == isinstance(default, bool)
+    if not fits or (type(default) is int and value < 1):
         raise UserError(f"its {name} is {value!r}, expected a value like {default!r}")
     return value
 
@@ -300,7 +301,7 @@ def _modernbert_settings(config: ModelConfig, special: SpecialIds) -> dict:
 
 
 @dataclass(frozen=True)
-class Weights:
+class StoredWeights:
     """Parameters of a `Bert` by name, and the stored names that it has no place for (dropped) and that were not stored
     (fresh), so that they start anew."""
 
@@ -318,7 +319,7 @@ def write_weights(tensors: dict[str, torch.Tensor], config: ModelConfig) -> dict
     return stored
 
 
-def read_weights(stored: dict[str, torch.Tensor], config: ModelConfig) -> Weights:
+def read_weights(stored: dict[str, torch.Tensor], config: ModelConfig) -> StoredWeights:
     """The inverse of `write_weights`, for what classes with other heads, or with none, have stored as well.
 
     Raises UserError for weights that are unknown, missing, of the wrong shape, or not floating-point numbers.
@@ -338,7 +339,7 @@ def read_weights(stored: dict[str, torch.Tensor], config: ModelConfig) -> Weight
         for name, parts in taken.items()
         if not any(part in fresh for part in parts)
     }
-    return Weights(tensors, dropped, fresh)
+    return StoredWeights(tensors, dropped, fresh)
 
 
 def _full_names(stored: dict[str, torch.Tensor], family: Family) -> dict[str, torch.Tensor]:

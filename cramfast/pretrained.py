@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from .config import ModelConfig
 from .data.tokenizer import bert_tokenizer, open_tokenizer
 from .errors import UserError
-from .hugging_face import Weights, read_config, read_weights
+from .hugging_face import StoredWeights, read_config, read_weights
 from .model import Bert
 from .train.checkpoint import load_model, model_folder, read_json, read_tensors
 
@@ -33,7 +33,7 @@ class Pretrained:
 
     folder: Path
     config: ModelConfig
-    weights: Weights
+    weights: StoredWeights
 
     def model(self) -> Bert:
         """The model, in evaluation mode; what the folder lacks (`weights.fresh`) is random."""
@@ -68,7 +68,7 @@ def open_pretrained(path: str | Path) -> Pretrained:
     settings = read_json(folder / "config.json")
     if "cramfast" in settings or not {"model_type", "architectures"} & settings.keys():
         model = load_model(folder)
-        found = Pretrained(folder, model.config, Weights(model.state_dict(), (), ()))
+        found = Pretrained(folder, model.config, StoredWeights(model.state_dict(), (), ()))
     else:
         config = _read_config(folder, settings)
         found = Pretrained(folder, config, _read_weights(folder, config))
@@ -140,7 +140,7 @@ def _read_config(folder: Path, settings: dict) -> ModelConfig:
         raise UserError(f"{folder / 'config.json'}: {error}") from error
 
 
-def _read_weights(folder: Path, config: ModelConfig) -> Weights:
+def _read_weights(folder: Path, config: ModelConfig) -> StoredWeights:
     file = _weights_file(folder)
     try:
         return read_weights(_stored_tensors(file), config)

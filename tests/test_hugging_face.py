@@ -7,6 +7,7 @@ import json
 import pickle
 import re
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -266,6 +267,12 @@ def test_pickled_weights(tmp_path, zipped):
     assert (logits(cramfast.load(folder)) - padded_logits(hf_model)).abs().max() <= FP32_TOLERANCE
 
 
+def test_loading_needs_no_transformers(tmp_path):
+    _, folder = stored(tmp_path)
+    code = f"import sys; sys.modules['transformers'] = None; import cramfast; cramfast.load({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
 def test_16_bit_weights_become_float32(tmp_path):
     hf_model, folder = stored(tmp_path)
     change(folder, lambda tensors: {name: tensor.half() for name, tensor in tensors.items()})
@@ -339,6 +346,7 @@ def test_another_architecture_is_refused_by_name(tmp_path, cls):
         ("Bert", {"position_embedding_type": "relative_key"}, "position_embedding_type"),
         ("Bert", {"is_decoder": True}, "is_decoder"),
         ("Bert", {"hidden_size": "40"}, "hidden_size is '40'"),
+        ("Bert", {"num_attention_heads": 0}, "num_attention_heads is 0"),
         ("Bert", {"num_attention_heads": 7}, "not a multiple of 7 heads"),
         ("Bert", {"model_type": None, "architectures": None}, "model_type is None"),
         ("ModernBert", {"hidden_activation": "silu"}, "hidden_activation"),

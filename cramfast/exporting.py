@@ -38,6 +38,8 @@ class Exported:
     parameters: int
     bytes: int
     difference: float
+    dropped: tuple[str, ...]
+    """Weights that `checkpoint` has and a `Bert` has no place for."""
     reason: str = ""
 
     def summary(self) -> str:
@@ -47,6 +49,8 @@ class Exported:
             f"wrote    {self.folder}: {what}, {self.parameters / 1e6:.1f} M parameters, {self.bytes / 1e6:,.1f} MB",
             f"checked  loaded back with {with_what}: logits differ by at most {self.difference:.1e}",
         ]
+        if self.dropped:
+            lines.append(f"left out {', '.join(self.dropped)}")
         if self.architecture:
             lines.append(f'load it  transformers.AutoModelForMaskedLM.from_pretrained("{self.folder}")')
         else:
@@ -91,6 +95,7 @@ def export(checkpoint: str | Path, target: Path, report: Callable[[str], None]) 
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         bytes=sum(path.stat().st_size for path in target.iterdir()),
         difference=difference,
+        dropped=found.weights.dropped,
         reason=reason,
     )
 
@@ -98,7 +103,7 @@ def export(checkpoint: str | Path, target: Path, report: Callable[[str], None]) 
 def _write(folder: Path, model: Bert, tokenizer: Tokenizer, family: Family | None) -> None:
     special, config = special_ids(tokenizer), model.config
     framed = tokenizer.encode("a").ids
-    if (framed[0], framed[-1]) != (special.cls, special.sep):
+    if framed[:1] + framed[-1:] != [special.cls, special.sep]:
         frame_texts(tokenizer)
     tokenizer.save(str(folder / "tokenizer.json"))
     weights, settings = model.state_dict(), {"cramfast": asdict(config)}

@@ -204,6 +204,18 @@ def test_other_special_tokens_and_no_template(tmp_path):
     assert (settings["pad_token_id"], settings["cls_token_id"], settings["sep_token_id"]) == (1, 0, 2)
 
 
+def test_a_pooler_is_left_out_and_named(tmp_path, tokenizer_file, capsys):
+    from transformers import BertConfig, BertForPreTraining
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    size = Tokenizer.from_file(str(tokenizer_file)).get_vocab_size()
+    BertForPreTraining(BertConfig(vocab_size=size, **sizes)).save_pretrained(tmp_path / "both")
+    (tmp_path / "both/tokenizer.json").write_bytes(tokenizer_file.read_bytes())
+    assert run("--checkpoint", tmp_path / "both", "--to", tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    assert "left out " in said and "bert.pooler.dense.weight" in said and "cls.seq_relationship.bias" in said
+
+
 def left_behind(folder):
     return {path.name for path in folder.iterdir()}
 

@@ -230,6 +230,9 @@ def test_local_layers_there_and_back():
     config = replace(PRESETS["cramfast-base"], window=50, global_every=4, rope_theta=9e4, local_rope_theta=3e3)
     settings = write_config(config, SPECIAL)
     assert read_config(settings) == config
+    # transformers 4 knows none of these two.
+    older = {name: value for name, value in settings.items() if name not in ("rope_parameters", "layer_types")}
+    assert read_config(older) == config
     theirs = transformers.AutoConfig.for_model(**settings)
     assert theirs.sliding_window == 50
     assert [kind == "full_attention" for kind in theirs.layer_types] == [i % 4 == 0 for i in range(16)]

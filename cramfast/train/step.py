@@ -53,7 +53,7 @@ class StaticBatch:
 class LossAndGradients(nn.Module):
     """A model's loss and its gradients in one call: what the backward pass computes again sees the same weights."""
 
-    def __init__(self, model: Bert, autocast: torch.autocast):
+    def __init__(self, model: nn.Module, autocast: torch.autocast):
         super().__init__()
         self.model, self.autocast = model, autocast
 
@@ -64,12 +64,73 @@ class LossAndGradients(nn.Module):
         return loss.detach(), torch.autograd.grad(loss * scale, leaves, allow_unused=True)
 
 
-class TrainStep:
-    """Accumulates gradients and updates the weights.
+class Step:
+    """The gradients of a model's loss, added up, and the update by them, all on tensors that stay where they are.
 
     dtype: that of the matrix products, by autocast; float16 brings loss scaling with it. A step whose loss or
-    gradients are not finite changes nothing but the loss scale. continues: bool (V,) on the model's device, True for
-    ids that continue a word; with it words are masked whole. graphs: whether a GPU runs it as CUDA graphs.
+    gradients are not finite changes nothing but the loss scale. graphs: whether a GPU runs it as CUDA graphs.
+    """
+
+    def __init__(self, model: nn.Module, options: OptimizerOptions, dtype: torch.dtype, graphs: bool = True):
+        self.model, self.options = model, options
+        self.device = next(model.parameters()).device
+        self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+        self.weights = Weights(model, dtype)
+        self.optimizer = Optimizer(self.weights, options)
+        self.graphs = Graphs(self.device, graphs)
+        self._scaled = dtype == torch.float16
+        self.loss_scale = self._scalar(_FIRST_SCALE if self._scaled else 1.0)
+        self.good_steps = self._scalar()
+        self._lr, self._share, self._loss = self._scalar(), self._scalar(1.0), self._scalar()
+        self._report = torch.zeros(3, device=self.device)
+        self._leaves = {f"model.{name}": leaf for name, leaf in self.weights.leaves.items()}
+        self._both = LossAndGradients(model, self.autocast)
+
+    def _scalar(self, value: float = 0.0) -> torch.Tensor:
+        return torch.full((), value, device=self.device)
+
+    def _differentiate(self, first: bool, *arguments) -> None:
+        """Add the loss of the model on `arguments` and its gradient; the `first` gradient takes the place of what was
+        there. Work for a graph."""
+        self.weights.start_gradient(anew=first)
+        arguments = ([*self._leaves.values()], self._share, self.loss_scale, *arguments)
+        loss, gradients = functional_call(self._both, self._leaves, arguments)
+        self.weights.take(gradients)
+        self._loss += loss
+
+    def update(self, lr: float) -> StepResult:
+        """Clip the accumulated gradient, update the weights, forget the gradient."""
+        self._lr.fill_(lr)
+        self.graphs.run("update", self._update)
+        return StepResult(*self._report.clone().unbind())
+
+    def _update(self) -> None:
+        norm = torch.linalg.vector_norm(self.weights.gradient) / self.loss_scale
+        skipped = (~torch.isfinite(norm + self._loss)).float()
+        factor = 1 / (self.loss_scale * (norm / self.options.clip).clamp(min=1.0))
+        self.optimizer.update(self._lr, factor, skipped)
+        if self._scaled:
+            self._adapt_loss_scale(skipped)
+        self._report.copy_(torch.stack((self._loss, norm, skipped)))
+        self._loss.zero_()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a resumed run needs beside the model: views by name, to be read or written."""
+        return self.optimizer.tensors() | {"loss_scale": self.loss_scale, "good_steps": self.good_steps}
+
+    def _adapt_loss_scale(self, skipped: torch.Tensor) -> None:
+        """Halve the scale after an overflow, double it after 2000 steps without (Micikevicius et al., 1710.03740)."""
+        good = (self.good_steps + 1) * (1 - skipped)
+        grown = good >= _GROWTH_INTERVAL
+        factor = torch.where(grown, 2.0, 1.0 - 0.5 * skipped)
+        self.loss_scale.copy_((self.loss_scale * factor).clamp(min=1.0))
+        self.good_steps.copy_(torch.where(grown, 0.0, good))
+
+
+class TrainStep(Step):
+    """The step of pretraining: several microbatches, masked on the device, then one update; the rest as `Step`.
+
+    continues: bool (V,) on the model's device, True for ids that continue a word; with it words are masked whole.
     """
 
     def __init__(
@@ -83,26 +144,11 @@ class TrainStep:
         continues: torch.Tensor | None = None,
         graphs: bool = True,
     ):
-        self.model, self.options, self.special, self.seed = model, options, special, seed
-        self.continues = continues
-        self.device = next(model.parameters()).device
-        self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
-        self.weights = Weights(model, dtype)
-        self.optimizer = Optimizer(self.weights, options)
-        self.graphs = Graphs(self.device, graphs)
-        self._scaled = dtype == torch.float16
-        self.loss_scale = self._scalar(_FIRST_SCALE if self._scaled else 1.0)
-        self.good_steps = self._scalar()
-        self._lr, self._share, self._loss = self._scalar(), self._scalar(), self._scalar()
+        super().__init__(model, options, dtype, graphs)
+        self.special, self.seed, self.continues = special, seed, continues
         self._microbatch = torch.zeros(1, dtype=torch.int64, device=self.device)
-        self._report = torch.zeros(3, device=self.device)
         self._batches: dict[tuple[int, int], StaticBatch] = {}
-        self._leaves = {f"model.{name}": leaf for name, leaf in self.weights.leaves.items()}
-        self._both = LossAndGradients(model, self.autocast)
         self._first = True
-
-    def _scalar(self, value: float = 0.0) -> torch.Tensor:
-        return torch.full((), value, device=self.device)
 
     def accumulate(self, batch: Batch, mask_rate: float, microbatch: int, share: float) -> None:
         """Add the gradient of one microbatch, `share` of the step's tokens. `microbatch`, a count over the whole run,
@@ -132,29 +178,12 @@ class TrainStep:
             step=self._microbatch,
             continues=self.continues,
         )
-        arguments = (input_ids, batch.cu_seqlens, max_seqlen, positions, labels)
-        self.weights.start_gradient(anew=first)
-        arguments = ([*self._leaves.values()], self._share, self.loss_scale, *arguments)
-        loss, gradients = functional_call(self._both, self._leaves, arguments)
-        self.weights.take(gradients)
-        self._loss += loss
+        self._differentiate(first, input_ids, batch.cu_seqlens, max_seqlen, positions, labels)
 
     def update(self, lr: float) -> StepResult:
-        """Clip the accumulated gradient, update the weights, forget the gradient."""
-        self._lr.fill_(lr)
-        self.graphs.run("update", self._update)
+        result = super().update(lr)
         self._first = True
-        return StepResult(*self._report.clone().unbind())
-
-    def _update(self) -> None:
-        norm = torch.linalg.vector_norm(self.weights.gradient) / self.loss_scale
-        skipped = (~torch.isfinite(norm + self._loss)).float()
-        factor = 1 / (self.loss_scale * (norm / self.options.clip).clamp(min=1.0))
-        self.optimizer.update(self._lr, factor, skipped)
-        if self._scaled:
-            self._adapt_loss_scale(skipped)
-        self._report.copy_(torch.stack((self._loss, norm, skipped)))
-        self._loss.zero_()
+        return result
 
     def reset(self) -> None:
         """Forget the gradients accumulated so far, and the memory that microbatches of their size took."""
@@ -162,15 +191,3 @@ class TrainStep:
         self._loss.zero_()
         self.graphs.forget()
         self._batches.clear()
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """What a resumed run needs beside the model: views by name, to be read or written."""
-        return self.optimizer.tensors() | {"loss_scale": self.loss_scale, "good_steps": self.good_steps}
-
-    def _adapt_loss_scale(self, skipped: torch.Tensor) -> None:
-        """Halve the scale after an overflow, double it after 2000 steps without (Micikevicius et al., 1710.03740)."""
-        good = (self.good_steps + 1) * (1 - skipped)
-        grown = good >= _GROWTH_INTERVAL
-        factor = torch.where(grown, 2.0, 1.0 - 0.5 * skipped)
-        self.loss_scale.copy_((self.loss_scale * factor).clamp(min=1.0))
-        self.good_steps.copy_(torch.where(grown, 0.0, good))

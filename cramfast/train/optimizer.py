@@ -55,6 +55,11 @@ class Optimizer:
             settings = {"scale": scale, "weight_decay": ratio * options.weight_decay}
             muon_update(weights.master[part], direction[part], rates, working, **settings)
 
+    def reset(self) -> None:
+        """Forget all momentum, as before the first update."""
+        for tensor in (self.first, self.second, self.updates):
+            tensor.zero_()
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """The state by name, e.g. "exp_avg.layers.0.mlp.0.weight": views, to be read or written."""
         first, second = self.weights.by_name(self.first), self.weights.by_name(self.second, self.adam_from)

@@ -59,17 +59,22 @@ class Display:
     @contextmanager
     def training(self) -> Iterator[Callable[[dict, float, float], None]]:
         """A function to call with (metrics record, fraction of the budget spent, seconds left)."""
+        with self.bar("the first update compiles and warms up ...") as update:
+            yield lambda record, fraction, left: update(fraction, _training_line(record, left))
+
+    @contextmanager
+    def bar(self, line: str) -> Iterator[Callable[[float, str], None]]:
+        """A function to call with (share that is done, a line about it); `line` stands there at first."""
         columns = (BarColumn(bar_width=20), TextColumn("{task.percentage:5.1f}%"), TextColumn("{task.fields[line]}"))
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
-            task = bar.add_task("", total=1.0, line="the first update compiles and warms up ...")
+            task = bar.add_task("", total=1.0, line=line)
 
-            def update(record: dict, fraction: float, left: float) -> None:
-                line = _training_line(record, left)
-                bar.update(task, completed=fraction, line=line)
+            def update(share: float, line: str) -> None:
+                bar.update(task, completed=share, line=line)
                 now = time.monotonic()
                 if not self.console.is_terminal and now - self._last_line > _PLAIN_SECONDS:
                     self._last_line = now
-                    self.say(f"{fraction:6.1%}  {line}")
+                    self.say(f"{share:6.1%}  {line}")
 
             yield update
 

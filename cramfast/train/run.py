@@ -1,6 +1,5 @@
 """A whole pretraining run: text to tokens, the folder of the run, training, the closing summary."""
 
-import hashlib
 import json
 import shutil
 import tempfile
@@ -25,6 +24,7 @@ from .loop import Setup, State, Stopped, StopSignals, Trainer
 from .memory import predict_bytes, usable_bytes
 from .plan import BatchPlan, check_mask_rate, plan_batch
 from .progress import Display, duration, plot_loss
+from .settings import as_json, differences, digest
 from .step import TrainStep
 
 
@@ -52,7 +52,7 @@ def _pretrain(options: PretrainOptions, display: Display, signals: StopSignals) 
     options = replace(options, device=device.type, dtype=str(dtype).removeprefix("torch."))
     dataset = _open_dataset(options, initial, display)
     settings = _settings(options, dataset, initial)
-    folder = options.run.out or Path("runs") / f"{_name(options)}-{_digest(settings)[:8]}"
+    folder = options.run.out or Path("runs") / f"{_name(options)}-{digest(settings)[:8]}"
     decided = _open_folder(folder, settings)
     if (folder / "summary.json").is_file():
         display.say(f"{folder} is finished; give another --out, or delete it, to train again")
@@ -117,11 +117,7 @@ def _settings(options: PretrainOptions, dataset: Dataset, initial: Pretrained | 
     settings = asdict(replace(options, run=None))
     settings["tokens"] = dataset.folder.name
     settings["init_from"] = initial.digest() if initial else None
-    return json.loads(json.dumps(settings, default=str))
-
-
-def _digest(settings: dict) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return as_json(settings)
 
 
 def _open_folder(folder: Path, settings: dict) -> BatchPlan | None:
@@ -134,7 +130,7 @@ def _open_folder(folder: Path, settings: dict) -> BatchPlan | None:
             raise UserError(f"{path}: damaged ({error}); give another --out") from error
         if not isinstance(stored, dict) or not {"settings", "decided"} <= stored.keys():
             raise UserError(f"--out {folder}: its config.json is not that of a run; give another --out")
-        differing = _differences(stored["settings"], settings)
+        differing = differences(stored["settings"], settings)
         if differing:
             raise UserError(
                 f"--out {folder} holds a run with other settings: {'; '.join(differing)}; give another --out"
@@ -160,17 +156,6 @@ def _write_config(setup: Setup, settings: dict, device: torch.device, dataset: D
         shutil.copyfile(dataset.folder / "tokenizer.json", setup.folder / "tokenizer.json")
     except OSError as error:
         raise UserError(f"--out {setup.folder}: {error.strerror}") from error
-
-
-def _differences(stored: dict, now: dict) -> list[str]:
-    found = []
-    for name in stored.keys() | now.keys():
-        there, here = stored.get(name), now.get(name)
-        if isinstance(there, dict) and isinstance(here, dict):
-            found += _differences(there, here)
-        elif there != here:
-            found.append(f"{name} is {there} there, {here} here")
-    return sorted(found)
 
 
 def _set_up(

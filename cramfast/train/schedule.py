@@ -34,6 +34,15 @@ def lr_factor(schedule: str, f: float) -> float:
     return min(max(f, 1e-3) / _WARM_UP, 1.0, (1 - f) / (1 - _DECAY_FROM))
 
 
+def warm_cosine(update: int, updates: int, warmup: float) -> float:
+    """Learning rate of update number `update`, from 0, of `updates`, as a share of its peak: straight up over the first
+    `warmup` of them, then down to 0 along half a cosine."""
+    rising = round(warmup * updates)
+    if update < rising:
+        return (update + 1) / rising
+    return 0.5 + 0.5 * math.cos(math.pi * (update - rising) / (updates - rising))
+
+
 def batch_microbatches(f: float, full: int, ramp: float) -> int:
     """Microbatches in the batch at fraction f: growing linearly to `full` at f = ramp, never below one."""
     share = 1.0 if ramp == 0 else min(1.0, f / ramp)

@@ -79,12 +79,16 @@ class Step:
         self.optimizer = Optimizer(self.weights, options)
         self.graphs = Graphs(self.device, graphs)
         self._scaled = dtype == torch.float16
-        self.loss_scale = self._scalar(_FIRST_SCALE if self._scaled else 1.0)
-        self.good_steps = self._scalar()
+        self.loss_scale, self.good_steps = self._scalar(), self._scalar()
+        self._start_loss_scale()
         self._lr, self._share, self._loss = self._scalar(), self._scalar(1.0), self._scalar()
         self._report = torch.zeros(3, device=self.device)
         self._leaves = {f"model.{name}": leaf for name, leaf in self.weights.leaves.items()}
         self._both = LossAndGradients(model, self.autocast)
+
+    def _start_loss_scale(self) -> None:
+        self.loss_scale.fill_(_FIRST_SCALE if self._scaled else 1.0)
+        self.good_steps.zero_()
 
     def _scalar(self, value: float = 0.0) -> torch.Tensor:
         return torch.full((), value, device=self.device)

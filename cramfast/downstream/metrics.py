@@ -9,8 +9,10 @@ import numpy as np
 def measure(metric: str, predictions: np.ndarray, labels: np.ndarray) -> float:
     """One metric of predictions (N,) against labels (N,): classes, of pearson and spearman scores.
 
-    matthews, pearson and spearman are 0 where all predictions are the same and the formula gives no number.
+    matthews, pearson and spearman are 0 where the formula gives no number: all predictions are the same.
     """
+    if len(labels) < 2 and metric in ("pearson", "spearman"):  # of which scipy says that it is an error
+        return 0.0
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")  # of constant predictions, which are nothing to warn of here
         value = float(_METRICS[metric](predictions, labels))

@@ -1,23 +1,18 @@
 """A whole finetuning run: the encoder, its tasks, every seed of each, the closing table."""
 
-import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 
-from .. import load
-from ..config import ModelConfig
-from ..data.tokenizer import open_tokenizer, special_ids
 from ..device import environment, operator_backends, pick_device, pick_dtype
-from ..errors import TrainingFailed, UserError
-from ..model import Bert
+from ..errors import TrainingFailed
 from ..train.progress import Display, duration
 from ..train.settings import as_json, digest
 from .classifier import Classifier
+from .encoder import Encoder
 from .examples import Examples, encode
 from .results import Results
 from .settings import FinetuneOptions, check
@@ -49,60 +44,12 @@ def _finetune(options: FinetuneOptions, display: Display) -> int:
     results = Results(folder, settings, {"checkpoint": str(options.checkpoint), "environment": environment(device)})
     tasks, seeds = chosen_tasks(options.data), range(options.seed, options.seed + options.seeds)
     runner = Runner(options, encoder, results, display, device, dtype)
-    display.say(_opening(options, encoder, folder))
+    display.say(_opening(options, folder))
     for task in tasks:
         runner.run(task, [seed for seed in seeds if not results.has(task.name, seed)])
     display.say("\n" + _closing(options, results, tasks))
     display.say(f"saved      {results.path}")
     return 0
-
-
-class Encoder:
-    """What is finetuned: an architecture with its tokenizer, and the pretrained weights unless none are wanted."""
-
-    def __init__(self, pretrained: Bert, tokenizer: Tokenizer, random: bool):
-        self.config: ModelConfig = pretrained.config
-        self.tokenizer, self.special = tokenizer, special_ids(tokenizer)
-        self.weights = None if random else pretrained.state_dict()
-
-    @classmethod
-    def open(cls, options: FinetuneOptions) -> "Encoder":
-        """Raises UserError for a checkpoint or tokenizer that is missing or does not fit."""
-        pretrained = load(options.checkpoint)
-        tokenizer = open_tokenizer(options.tokenizer or _tokenizer_beside(options.checkpoint))
-        size, places = tokenizer.get_vocab_size(), pretrained.config.max_positions
-        if size > pretrained.config.vocab_size:
-            rows = pretrained.config.vocab_size
-            raise UserError(f"--checkpoint {options.checkpoint}: embeds {rows} tokens, its tokenizer has {size}")
-        if options.protocol.max_length > places:
-            raise UserError(f"--max-length {options.protocol.max_length}: {options.checkpoint} takes at most {places}")
-        return cls(pretrained, tokenizer, options.random_weights)
-
-    def model(self) -> Bert:
-        """The encoder, from its pretrained weights or, by torch's generator, from random ones. On the CPU."""
-        model = Bert(self.config)
-        if self.weights is not None:
-            model.load_state_dict(self.weights)
-        return model
-
-    def fingerprint(self) -> dict[str, str | None]:
-        """Digests of the weights, None for random ones, and of the tokenizer."""
-        weights = None
-        if self.weights is not None:
-            hashed = hashlib.sha256()
-            for tensor in self.weights.values():
-                hashed.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
-            weights = hashed.hexdigest()[:16]
-        tokenizer = hashlib.sha256(self.tokenizer.to_str().encode()).hexdigest()[:16]
-        return {"pretrained_weights": weights, "tokenizer": tokenizer}
-
-
-def _tokenizer_beside(checkpoint: Path) -> Path:
-    """The tokenizer.json of a model's folder, or of the `final` in a run's."""
-    for folder in (checkpoint, checkpoint / "final", checkpoint.parent / "final"):
-        if (folder / "tokenizer.json").is_file():
-            return folder / "tokenizer.json"
-    raise UserError(f"--checkpoint {checkpoint}: has no tokenizer.json; give --tokenizer FILE")
 
 
 class Runner:
@@ -175,7 +122,6 @@ def _settings(options: FinetuneOptions, encoder: Encoder) -> dict:
     data = replace(options.data, task=())
     paths = {name: path.resolve() for name, path in vars(data).items() if isinstance(path, Path)}
     settings = {
-        "model": asdict(encoder.config),
         **encoder.fingerprint(),
         "data": asdict(replace(data, **paths)),
         "protocol": asdict(options.protocol),
@@ -193,7 +139,7 @@ def _default_folder(checkpoint: Path, settings: dict) -> Path:
     return Path("runs") / f"{checkpoint.resolve().name}-{name}"
 
 
-def _opening(options: FinetuneOptions, encoder: Encoder, folder: Path) -> str:
+def _opening(options: FinetuneOptions, folder: Path) -> str:
     protocol, weights = options.protocol, "random weights of" if options.random_weights else "weights of"
     return (
         f"{weights} {options.checkpoint} on {options.device} in {options.dtype}; AdamW {protocol.lr:g}, "

@@ -110,6 +110,8 @@ BARS = (
     _step("crammed-bert-128x128", SPEED, 1.35, "plain-compile"),
     _step("bert-base-ragged-16-128", SPEED, 3.5, "hf-eager"),
     _step("bert-base-ragged-16-128", SPEED, 2.3, "hf-compile"),
+    Bar("finetune/train/cramfast-base-mnli", SPEED, 2.5, "hf-eager"),
+    Bar("finetune/train/cramfast-base-sst2", SPEED, 2.5, "hf-eager"),
 )
 
 

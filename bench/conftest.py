@@ -13,6 +13,7 @@ from cramfast.device import environment, pick_dtype
 from . import gpu, ledger, steps, tables
 from .cases import Sizes, fit
 from .measure import Refused, measure
+from .measure_finetune import measure_finetune
 from .measure_step import measure_step
 
 _HERE = Path(__file__).parent
@@ -109,6 +110,23 @@ def step_measured(benchmark, machine, request):
 
     yield run
     torch._dynamo.reset()  # what is compiled keeps its model
+    machine.release()
+
+
+@pytest.fixture
+def finetune_measured(benchmark, machine, request):
+    """`finetune_measured(work, peer)` measures a peer's finetuning."""
+
+    def run(work, peer):
+        missing = peer.missing()
+        if missing:
+            pytest.skip(missing)
+        try:
+            measure_finetune(benchmark, machine, work, peer, pick_dtype(machine.device, request.config.option.dtype))
+        except Refused as refusal:
+            pytest.skip(str(refusal))
+
+    yield run
     machine.release()
 
 

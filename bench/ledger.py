@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+GLUE = "glue.json"
+"""The file of a device's folder that `bench.glue` writes."""
 # What tells nothing about whose machine it was.
 _MACHINE = ("machine", "system", "python_implementation", "python_version")
 _CPU = ("arch", "brand_raw", "count")
@@ -79,8 +81,9 @@ def save(results: Path, module: str, new: dict) -> str:
 class Record:
     """What one entry measured. Seconds are per call; `bytes` and `flops` come from the definition of the work;
     `results_mib` of `peak_mib` are the outputs and gradients themselves. Training steps have `tokens_per_s` and
-    `joules_per_mtoken`, both of real tokens, and their `peak_mib` is all that the allocator held for them; this
-    project's tell how many sequences they compute at a time, `microbatch`, and what the layers save, `activations`.
+    `joules_per_mtoken`, both of real tokens, those of finetuning `sequences_per_s` as well, and their `peak_mib` is all
+    that the allocator held for them; this project's tell how many sequences they compute at a time, `microbatch`, and
+    what the layers save, `activations`.
 
     `backend` is what ran for this project: "triton", "reference" where there is no kernel for the card, or
     the name of who it hands over to.
@@ -96,6 +99,7 @@ class Record:
     results_mib: float | None = None
     host_seconds: float | None = None
     tokens_per_s: float | None = None
+    sequences_per_s: float | None = None
     joules_per_mtoken: float | None = None
     microbatch: int | None = None
     activations: str | None = None
@@ -147,10 +151,11 @@ class Module:
 
 @dataclass(frozen=True)
 class Device:
-    """All modules measured on one card. `folder` is its slug."""
+    """All modules measured on one card. `folder` is its slug; `glue` what `bench.glue` wrote of finetuning there."""
 
     folder: str
     modules: dict[str, Module]
+    glue: dict | None = None
 
     @property
     def records(self) -> Iterable[Record]:
@@ -194,8 +199,12 @@ def load(results: Path) -> list[Device]:
 def from_texts(texts: dict[Path, str]) -> list[Device]:
     """Devices from file texts by `<device>/<module>.json`; files in another layout are not ours to read."""
     devices: dict[str, dict[str, Module]] = {}
+    glue: dict[str, dict] = {}
     for path, text in texts.items():
-        content = json.loads(text)
+        content, folder = json.loads(text), path.parent.name
         if "benchmarks" in content:
-            devices.setdefault(path.parent.name, {})[path.stem] = Module.from_json(path.stem, content)
-    return [Device(folder, modules) for folder, modules in sorted(devices.items())]
+            devices.setdefault(folder, {})[path.stem] = Module.from_json(path.stem, content)
+        elif path.name == GLUE:
+            devices.setdefault(folder, {})
+            glue[folder] = content
+    return [Device(folder, modules, glue.get(folder)) for folder, modules in sorted(devices.items())]

@@ -15,7 +15,7 @@ from cramfast.device import EnergyMeter
 
 from .check import WrongResult
 from .measure import refusal_of
-from .steps import OURS, Outcome, StepPeer, StepWork, Training, masked_batch
+from .steps import Outcome, StepPeer, StepWork, Training, masked_batch
 
 _FIRST_STEPS = 4
 _STEPS_TO_ESTIMATE = 3
@@ -40,40 +40,54 @@ def measure_step(benchmark, machine, work: StepWork, peer: StepPeer, dtype: torc
     before = machine.allocated_bytes()
     with machine.limited_to(work.memory):
         with refusal_of(peer, work.work):
-            step, outcome, start_peak = _start(machine, peer, training)
+            step, outcome, start_peak = start(machine, peer, training)
         errors = guard(work, peer, outcome, expected)
+        clock(benchmark, machine, peer, training, step, before, start_peak)
+    record_errors(benchmark, errors)
+    if peer.is_ours:
+        benchmark.extra_info.update(microbatch=work.microbatch or work.sequences, activations=work.activations)
 
-        seconds = _estimate(machine, step)
-        for _ in range(math.ceil(_WARM_SECONDS / seconds)):
-            step()
-        held = machine.allocated_bytes() - before
-        peak = held + machine.peak_bytes(step)
-        joules = _time(benchmark, machine, step, seconds)
 
-    tokens = len(training.batch.input_ids)
-    seconds = benchmark.stats.stats.median if benchmark.stats else None
+def clock(
+    benchmark, machine, peer: StepPeer, training, step: Callable[[], Outcome], before: int, start_peak: int
+) -> None:
+    """Time `step`, a call of which is one step or, of finetuning, a pass of several, into `benchmark`.
+
+    before: bytes that were held before it was started; start_peak: the most that it took to start.
+    """
+    work, steps = training.work, training.work.steps
+    seconds = _estimate(machine, step)
+    for _ in range(math.ceil(_WARM_SECONDS / seconds)):
+        step()
+    held = machine.allocated_bytes() - before
+    peak = held + machine.peak_bytes(step)
+    joules = _time(benchmark, machine, step, seconds)
+
+    tokens = training.tokens
+    seconds = benchmark.stats.stats.median / steps if benchmark.stats else None
     benchmark.group = work.work
     benchmark.extra_info.update(
         work=work.work,
         who=peer.who,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(training.dtype).removeprefix("torch."),
         seconds=seconds,
         bytes=None,
         flops=work.flops(),
         peak_mib=round((max(peak, start_peak) if peer.graphs else peak) / 2**20, 1),
         tokens=tokens,
         tokens_per_s=tokens / seconds if seconds else None,
-        joules_per_mtoken=None if joules is None else joules / tokens * 1e6,
-        microbatch=(work.microbatch or work.sequences) if peer is OURS else None,
-        activations=work.activations if peer is OURS else None,
+        joules_per_mtoken=None if joules is None else joules / steps / tokens * 1e6,
         timed_by="events",
-        backend=kernels.choose("varlen_attention", machine.device, dtype).backend if peer is OURS else None,
-        loss_error=float(f"{errors[0]:.2e}"),
-        gradient_norm_error=float(f"{errors[1]:.2e}"),
+        backend=kernels.choose("varlen_attention", machine.device, training.dtype).backend if peer.is_ours else None,
     )
 
 
-def _start(machine, peer: StepPeer, training: Training) -> tuple[Callable[[], Outcome], Outcome, int]:
+def record_errors(benchmark, errors: tuple[float, float]) -> None:
+    """What the guard found, for the record."""
+    benchmark.extra_info.update(loss_error=float(f"{errors[0]:.2e}"), gradient_norm_error=float(f"{errors[1]:.2e}"))
+
+
+def start(machine, peer: StepPeer, training: Training) -> tuple[Callable[[], Outcome], Outcome, int]:
     """The peer's step after its first calls, the outcome of the very first, and the most memory until then."""
     made = []
 
@@ -126,13 +140,17 @@ def _expected(work: StepWork, device: torch.device) -> tuple[float, float]:
     return total, nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
 
 
-def guard(work: StepWork, peer: StepPeer, outcome: Outcome, expected: tuple[float, float]) -> tuple[float, float]:
+def guard(
+    work: StepWork,
+    peer: StepPeer,
+    outcome: Outcome,
+    expected: tuple[float, float],
+    tolerances: tuple[float, float] = (_LOSS_TOLERANCE, _NORM_TOLERANCE),
+) -> tuple[float, float]:
     """Relative errors of the first step's loss and gradient norm. Raises WrongResult above what rounding explains."""
     errors = []
-    for name, found, right, tolerance in (
-        ("loss", outcome.loss, expected[0], _LOSS_TOLERANCE),
-        ("gradient norm", outcome.gradient_norm, expected[1], _NORM_TOLERANCE),
-    ):
+    pairs = ((outcome.loss, expected[0]), (outcome.gradient_norm, expected[1]))
+    for name, (found, right), tolerance in zip(("loss", "gradient norm"), pairs, tolerances, strict=True):
         error = abs(float(found) / right - 1)
         if not error <= tolerance:  # NaN never passes
             raise WrongResult(

@@ -1,8 +1,8 @@
 """`python -m bench.report`: the results folder as the README's tables and as plots.
 
 Each `<!-- bench:MODULE -->` … `<!-- /bench -->` in the README is filled from that module's results, `bench:bars` with
-the bars that are not held, `bench:projection` with what other cards are projected to reach; no number there is typed by
-hand. `--check` only says whether README and results agree.
+the bars that are not held, `bench:projection` with what other cards are projected to reach, `bench:glue` with what
+finetuning came to; no number there is typed by hand. `--check` only says whether README and results agree.
 """
 
 import os
@@ -15,7 +15,7 @@ from pathlib import Path
 from cramfast import cli
 from cramfast.errors import UserError
 
-from . import bars, ledger, plots, projection, tables
+from . import bars, glue, ledger, plots, projection, tables
 
 _ROOT = Path(__file__).parents[1]
 _SECTION = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
@@ -77,6 +77,8 @@ def fill(text: str, devices: list[ledger.Device], plots_at: str) -> str:
             content = bars.summary(devices)
         elif name == "projection":
             content = projection.projection_table()
+        elif name == "glue":
+            content = glue.tables_of(devices)
         else:
             content = tables.module_tables(name, devices, plots_at)
         return match[1] + content + "\n" + match[3]

@@ -113,6 +113,8 @@ class StepWork:
     activations: Activations = "keep"
     microbatch: int | None = None
     memory: int | None = None
+    steps = 1
+    """How many one call takes."""
 
     @property
     def work(self) -> str:
@@ -203,6 +205,11 @@ class Training:
     def device(self) -> torch.device:
         return self.batch.input_ids.device
 
+    @property
+    def tokens(self) -> int:
+        """Real tokens of a step."""
+        return len(self.batch.input_ids)
+
 
 class OurStep:
     """This project's step. It masks the batch anew each time, which the others are spared; the first time as
@@ -235,41 +242,53 @@ def _train_step(training: Training) -> TrainStep:
     return TrainStep(model, _OPTIMIZER, special, training.dtype, _MASK_SEED)
 
 
-class OrdinaryStep:
-    """The step of an ordinary model: fp32 weights under autocast, fused AdamW, and a gradient scaler for float16. The
-    batch was masked and padded before."""
+class TorchStep:
+    """The step of an ordinary model: fp32 weights under autocast, fused AdamW, and a gradient scaler for float16.
 
-    def __init__(self, training: Training, compiled: bool):
-        self.ordinary = training.work.ordinary
-        self.model = self.ordinary.build(training.work.config).to(training.device).train()
-        self.call = self.model
-        if compiled:
-            # What earlier works compiled would count towards the recompile limit, and make this one's shapes dynamic.
-            torch._dynamo.reset()
-            self.call = torch.compile(self.model)
-        self.arguments = self.ordinary.arguments(training.batch)
+    call: what is called in the model's place, which has its parameters; None: the model.
+    """
+
+    def __init__(self, ordinary: Ordinary, model: nn.Module, options: OptimizerOptions, dtype: torch.dtype, call=None):
+        self.ordinary, self.model, self.call, self.clip = ordinary, model, call or model, options.clip
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=_OPTIMIZER.lr,
-            betas=(_OPTIMIZER.beta1, _OPTIMIZER.beta2),
-            eps=_OPTIMIZER.adam_eps,
-            weight_decay=_OPTIMIZER.weight_decay,
+            model.parameters(),
+            lr=options.lr,
+            betas=(options.beta1, options.beta2),
+            eps=options.adam_eps,
+            weight_decay=options.weight_decay,
             fused=True,
         )
-        kind = training.device.type
-        self.autocast = torch.autocast(kind, training.dtype, enabled=training.dtype != torch.float32)
-        self.scaler = torch.amp.GradScaler(kind, enabled=training.dtype == torch.float16)
+        kind = next(model.parameters()).device.type
+        self.autocast = torch.autocast(kind, dtype, enabled=dtype != torch.float32)
+        self.scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
 
-    def __call__(self) -> Outcome:
+    def take(self, arguments: dict[str, torch.Tensor]) -> Outcome:
         with self.autocast:
-            loss = self.ordinary.loss(self.call, self.arguments)
+            loss = self.ordinary.loss(self.call, arguments)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), _OPTIMIZER.clip)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
         return Outcome(loss.detach(), norm)
+
+
+class OrdinaryStep(TorchStep):
+    """The step of an ordinary model on the batch, which was masked and padded before."""
+
+    def __init__(self, training: Training, compiled: bool):
+        ordinary, call = training.work.ordinary, None
+        model = ordinary.build(training.work.config).to(training.device).train()
+        if compiled:
+            # What earlier works compiled would count towards the recompile limit, and make this one's shapes dynamic.
+            torch._dynamo.reset()
+            call = torch.compile(model)
+        self.arguments = ordinary.arguments(training.batch)
+        super().__init__(ordinary, model, _OPTIMIZER, training.dtype, call)
+
+    def __call__(self) -> Outcome:
+        return self.take(self.arguments)
 
 
 @dataclass(frozen=True)
@@ -282,6 +301,10 @@ class StepPeer:
     who: str
     start: Callable[[Training], Callable[[], Outcome]]
     graphs: bool = False
+
+    @property
+    def is_ours(self) -> bool:
+        return self.who == CRAMFAST.who
 
 
 OURS = StepPeer(CRAMFAST.who, OurStep, graphs=True)

@@ -118,18 +118,27 @@ def _step_tables(device: Device, module: Module) -> list[str]:
     tables = []
     every = sorted(module.records, key=by_work)
     records = [r for r in every if not _CARD.search(r.case)]
-    for case, dtype in dict.fromkeys((r.case, r.dtype) for r in records):
-        of_case = [r for r in records if (r.case, r.dtype) == (case, dtype)]
+    for operator, case, dtype in dict.fromkeys((r.operator, r.case, r.dtype) for r in records):
+        of_case = [r for r in records if (r.operator, r.case, r.dtype) == (operator, case, dtype)]
         rivals = [r.who for r in of_case if r.who != OURS]
-        head = (*_STEP_HEAD, *(f"× {who}" for who in rivals))
+        per_sequence = any(record.sequences_per_s for record in of_case)
+        head = (*_STEP_HEAD, *(("sequences/s",) if per_sequence else ()), *(f"× {who}" for who in rivals))
         rows = [
-            _step_row(device, record) + tuple(times(device.speed(record, who)) for who in rivals) for record in of_case
+            _step_row(device, record)
+            + ((thousands(record.sequences_per_s),) if per_sequence else ())
+            + tuple(times(device.speed(record, who)) for who in rivals)
+            for record in of_case
         ]
-        tables.append(f"**`step`** {case}, {dtype}\n\n{markdown(head, rows)}")
-    for case, dtype in dict.fromkeys((_CARD.sub("", r.case), r.dtype) for r in every if _CARD.search(r.case)):
-        of_cards = [r for r in every if _CARD.search(r.case) and (_CARD.sub("", r.case), r.dtype) == (case, dtype)]
+        tables.append(f"**`{operator}`** {case}, {dtype}\n\n{markdown(head, rows)}")
+    return tables + _card_tables(device, [r for r in every if _CARD.search(r.case)])
+
+
+def _card_tables(device: Device, records: list[Record]) -> list[str]:
+    """A table for each case and dtype, with a row for each card."""
+    tables = []
+    for case, dtype in dict.fromkeys((_CARD.sub("", r.case), r.dtype) for r in records):
+        rows = [_card_row(device, r) for r in records if (_CARD.sub("", r.case), r.dtype) == (case, dtype)]
         title = f"**`step`** {case} in the memory of smaller cards, {dtype}"
-        rows = [_card_row(device, record) for record in of_cards]
         tables.append(f"{title}\n\n{markdown(_CARD_HEAD, rows)}")
     return tables
 

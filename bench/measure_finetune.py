@@ -11,8 +11,9 @@ from .finetuning import FinetunePeer, FinetuneTraining, FinetuneWork, expected_o
 from .measure import refusal_of
 from .measure_step import clock, guard, record_errors, start
 
-# bf16 moves the loss of 16 sequences by LOSS_SEEN and the norm by NORM_SEEN.
-_TOLERANCES = (5e-4, 5e-3)
+# bf16 moves the loss of 16 sequences by 1.2e-4 and the norm by 3e-4. A fresh encoder without attention in one layer is
+# off by 3e-2 in the norm, a head without its tanh too; a mean that is not one by 3e-2 in the loss already.
+_TOLERANCES = (1e-3, 5e-3)
 
 
 def measure_finetune(benchmark, machine, work: FinetuneWork, peer: FinetunePeer, dtype: torch.dtype) -> None:

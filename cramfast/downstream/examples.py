@@ -23,7 +23,7 @@ _MOST_SIZES = 14
 _SPAN = 16
 _MULTIPLE = 16
 _ROWS_AT_ONCE = 1024
-# Tensors inside one buffer begin at multiples of as many bytes as vector loads like.
+# Tensors inside one buffer begin at multiples of so many numbers, which vector loads like.
 _ALIGNED = 64
 
 

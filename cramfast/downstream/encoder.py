@@ -37,10 +37,7 @@ class Encoder:
 
     def model(self) -> Bert:
         """The encoder on the CPU. What is drawn comes from torch's generator."""
-        model = Bert(self.pretrained.config)
-        if not self.random:
-            self.pretrained.fill(model)
-        return model
+        return Bert(self.pretrained.config) if self.random else self.pretrained.model()
 
     def fingerprint(self) -> dict[str, str | bool]:
         """What tells this encoder from others. Weights that are not used are not asked for."""

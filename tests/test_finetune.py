@@ -281,6 +281,20 @@ def test_predictions_are_in_the_order_of_the_examples(reference):
         assert np.allclose(found[row], logits.detach().numpy()[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("preset", ["cramfast-tiny", "bert-mini"])
+def test_the_kernels_take_filled_batches(triton_kernels, bf16_as_on_gpus, monkeypatch, preset, pooling):
+    examples, results = make_examples(7, outputs=3, pair=True), []
+    for kernels, dtype in (("reference", torch.float32), ("triton", torch.bfloat16)):
+        monkeypatch.setenv("CRAMFAST_KERNELS", kernels)
+        model = make_classifier(3, pooling, preset=preset, hidden_size=64, num_layers=1).to(DEVICE).train()
+        step = FinetuneStep(model, Protocol(max_length=LENGTH, pooling=pooling), dtype, graphs=False)
+        results.append(step(batches(examples, 8).make(np.arange(7)), 1e-3))
+    (exact, rounded) = results
+    assert rounded.loss.item() == pytest.approx(exact.loss.item(), rel=1e-3)
+    assert rounded.gradient_norm.item() == pytest.approx(exact.gradient_norm.item(), rel=2e-2)
+
+
 # On a GPU
 
 

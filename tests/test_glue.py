@@ -11,6 +11,7 @@ from finetuning import good_or_bad, make_checkpoint, write_rows
 from cramfast import finetune
 from cramfast.downstream import rows as row_files
 from cramfast.downstream.metrics import evaluate, measure
+from cramfast.downstream.results import Results
 from cramfast.downstream.settings import DataOptions
 from cramfast.downstream.table import HEAD, cells, medians, plain_table, remark
 from cramfast.downstream.tasks import GLUE, chosen_tasks, load_task
@@ -286,7 +287,7 @@ def test_finished_seeds_are_not_trained_again(checkpoint, glue_dir, tmp_path, ca
     assert [set(second["tasks"][task]["seeds"]) for task in ("sst2", "mrpc")] == [{"0", "1"}] * 2
     capsys.readouterr()
     assert run(checkpoint, *words) == 0
-    assert "sst2: every seed is finished" in capsys.readouterr().out
+    assert "finished before: sst2" in capsys.readouterr().out
     assert stored(tmp_path) == second
 
 
@@ -357,6 +358,26 @@ def test_a_folder_of_other_settings_is_refused(checkpoint, glue_dir, tmp_path, c
 def test_no_model_is_one_line(tmp_path, capsys):
     assert run(tmp_path, "--task", "sst2") == 2
     assert "holds no model" in capsys.readouterr().err
+
+
+def test_two_commands_may_fill_one_folder(tmp_path):
+    one, other = (Results(tmp_path, {"lr": 1}, {"checkpoint": "x"}) for _ in range(2))
+    one.record("cola", {}, 0, {"scores": 1})
+    other.record("cola", {}, 1, {"scores": 2})
+    one.record("mrpc", {}, 0, {"scores": 3})
+    assert {name: set(entry["seeds"]) for name, entry in stored(tmp_path)["tasks"].items()} == {
+        "cola": {"0", "1"},
+        "mrpc": {"0"},
+    }
+    assert one.has("cola", 1) and not one.has("mrpc", 1)
+
+
+def test_what_is_wrong_with_the_last_task_shows_before_the_first_is_trained(checkpoint, glue_dir, tmp_path, capsys):
+    words = ("--task", "sst2", "rte", "--glue-dir", glue_dir, "--out", tmp_path / "out", *HASTY)
+    assert run(checkpoint, *words) == 2
+    said = capsys.readouterr()
+    assert "has no folder rte" in said.err and "seed 0" not in said.out
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_loss_that_is_no_number_ends_the_run(checkpoint, glue_dir, tmp_path, capsys):

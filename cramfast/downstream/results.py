@@ -39,12 +39,11 @@ class Results:
     def has(self, task: str, seed: int) -> bool:
         return str(seed) in self.content["tasks"].get(task, {}).get("seeds", {})
 
-    def of(self, task: str, seed: int) -> dict:
-        """What was recorded."""
-        return self.content["tasks"][task]["seeds"][str(seed)]
-
     def record(self, task: str, facts: dict, seed: int, result: dict) -> None:
-        """Add one seed's result to a task, of which `facts` are the same for all seeds, and write the file."""
+        """Add one seed's result to a task, of which `facts` are the same for all seeds, and write the file. What other
+        processes have added in the meantime stays."""
+        if self.path.is_file():
+            self.content = self._read()
         entry = self.content["tasks"].setdefault(task, facts | {"seeds": {}})
         entry["seeds"][str(seed)] = result
         try:

@@ -45,8 +45,14 @@ def _finetune(options: FinetuneOptions, display: Display) -> int:
     tasks, seeds = chosen_tasks(options.data), range(options.seed, options.seed + options.seeds)
     runner = Runner(options, encoder, results, display, device, dtype)
     display.say(_opening(options, folder))
-    for task in tasks:
-        runner.run(task, [seed for seed in seeds if not results.has(task.name, seed)])
+    finished = [task.name for task in tasks if all(results.has(task.name, seed) for seed in seeds)]
+    if finished:
+        display.say(f"finished before: {', '.join(finished)}")
+    left = {task: [seed for seed in seeds if not results.has(task.name, seed)] for task in tasks}
+    # All of it is read before anything is trained: what is wrong with the last task shows at once.
+    data = [load_task(task, options.data) for task, seeds_left in left.items() if seeds_left]
+    for of_task in data:
+        runner.run(of_task, left[of_task.task])
     display.say("\n" + _closing(options, results, tasks))
     display.say(f"saved      {results.path}")
     return 0
@@ -68,23 +74,18 @@ class Runner:
         self.device, self.dtype = device, dtype
         self.step: FinetuneStep | None = None
 
-    def run(self, task: Task, seeds: list[int]) -> None:
+    def run(self, data: TaskData, seeds: list[int]) -> None:
         """Train and evaluate once for each seed, and record what comes out."""
-        if not seeds:
-            self.display.say(f"{task.name}: every seed is finished")
-            return
-        data = load_task(task, self.options.data)
-        splits = {"train": data.train, **data.dev}
-        examples = {name: self._encode(task.name, name, rows) for name, rows in splits.items()}
-        self.display.say(f"{task.name}: " + ", ".join(f"{len(e):,} {name}" for name, e in examples.items()) + " rows")
+        name, splits = data.task.name, {"train": data.train, **data.dev}
+        examples = {split: self._encode(name, split, rows) for split, rows in splits.items()}
+        self.display.say(f"{name}: " + ", ".join(f"{len(e):,} {split}" for split, e in examples.items()) + " rows")
         for seed in seeds:
             self._seed(data, examples, seed)
 
     def _encode(self, task: str, name: str, rows: Rows) -> Examples:
         line = f"{task}: tokenising {name}"
         with self.display.bar(line) as update:
-            length = self.options.protocol.max_length
-            encoder = self.encoder
+            encoder, length = self.encoder, self.options.protocol.max_length
             report = _share_of(update, len(rows), line)
             return encode(rows, encoder.tokenizer, encoder.special, length, report)
 

@@ -3,6 +3,13 @@
 from setuptools import setup
 
 setup(
-    packages=["cramfast", "cramfast.data", "cramfast.train", "cramfast.downstream", "cramfast.evaluate", "cramfast.kernels"],
+    packages=[
+        "cramfast",
+        "cramfast.data",
+        "cramfast.train",
+        "cramfast.downstream",
+        "cramfast.evaluate",
+        "cramfast.kernels",
+    ],
     package_dir={"cramfast": "cramfast", "cramfast.kernels": "kernels"},
 )

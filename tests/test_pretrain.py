@@ -29,6 +29,8 @@ from cramfast.train.checkpoint import latest_checkpoint
 from cramfast.train.step import TrainStep
 
 ROOT = Path(__file__).parents[1]
+# This clone, and wherever else packages come from.
+PYTHONPATH = os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))
 STEPS = 120
 LENGTH, BATCH = 32, 4
 SETTINGS = {
@@ -106,7 +108,7 @@ def command(*words: str) -> list[str]:
 
 
 def environment(cache: Path) -> dict[str, str]:
-    return os.environ | {"CRAMFAST_CACHE": str(cache), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return os.environ | {"CRAMFAST_CACHE": str(cache), "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
 
 
 def run_process(cache: Path, *words: str, cwd: Path | None = None) -> subprocess.CompletedProcess:

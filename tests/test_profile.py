@@ -25,6 +25,8 @@ from cramfast.train.profiling import Kernel, Limits, Profile, as_json, show
 from cramfast.train.step import TrainStep
 
 ROOT = Path(__file__).parents[1]
+# This clone, and wherever else packages come from.
+PYTHONPATH = os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))
 CARDS = [(dtype, card) for dtype in (torch.float16, torch.bfloat16, torch.float32) for card in (75, 80, 86, 90, 120)]
 
 
@@ -362,7 +364,7 @@ def test_a_step_on_a_cpu(tmp_path, capsys, dtype):
 
 
 def test_nothing_but_the_table_is_printed():
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0"}
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH, "TRITON_INTERPRET": "0"}
     words = [sys.executable, "-m", "cramfast.profile", *SMALL]
     done = subprocess.run(words, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
@@ -428,7 +430,7 @@ assert not heavy, heavy
 
 
 def test_help_lists_every_flag_and_loads_nothing_heavy():
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH}
     done = subprocess.run([sys.executable, "-c", HELP], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     for option in fields(command.ProfileOptions):

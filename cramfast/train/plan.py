@@ -113,5 +113,5 @@ def _tokens_per_second(
         if step.device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    step.reset()
+    step.discard()
     return tokens / min(times[1:])

@@ -189,9 +189,13 @@ class TrainStep(Step):
         self._first = True
         return result
 
-    def reset(self) -> None:
-        """Forget the gradients accumulated so far, and the memory that microbatches of their size took."""
+    def discard(self) -> None:
+        """Forget the gradients accumulated so far."""
         self._first = True
         self._loss.zero_()
+
+    def reset(self) -> None:
+        """Forget the gradients accumulated so far, and the memory that microbatches of their size took."""
+        self.discard()
         self.graphs.forget()
         self._batches.clear()

@@ -249,7 +249,8 @@ class TorchStep:
     """
 
     def __init__(self, ordinary: Ordinary, model: nn.Module, options: OptimizerOptions, dtype: torch.dtype, call=None):
-        self.ordinary, self.model, self.call, self.clip = ordinary, model, call or model, options.clip
+        self.ordinary, self.model, self.clip = ordinary, model, options.clip
+        self.call = model if call is None else call
         self.optimizer = torch.optim.AdamW(
             model.parameters(),
             lr=options.lr,

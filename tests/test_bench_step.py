@@ -342,6 +342,19 @@ def test_peak_memory_is_all_that_is_held_and_of_graphs_that_of_their_capture(ref
     assert run(CRAMMED, eager_of(CRAMMED), Growing())["peak_mib"] == 27
 
 
+def test_a_compiled_peer_trains_as_the_eager_one(work, hasty, monkeypatch):
+    compiled, compile_model = [], torch.compile
+
+    def compile_quickly(model):
+        compiled.append(model)
+        return compile_model(model, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", compile_quickly)
+    eager, compiling = (run(work, peer) for peer in steps.ordinary_peers(work.ordinary))
+    assert len(compiled) == 1 and compiling["who"].endswith("-compile")
+    assert compiling["loss_error"] == pytest.approx(eager["loss_error"], abs=1e-5)
+
+
 def test_a_step_in_microbatches_is_that_of_the_whole_batch(reference, hasty):
     """The guard compares it with the ordinary model on the batch as masked, part by part."""
     info = run(replace(CRAMMED, microbatch=4), OURS)

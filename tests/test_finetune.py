@@ -46,11 +46,14 @@ def make_classifier(outputs: int = 2, pooling="mean", dropout: float = 0.0, seed
     return Classifier(Bert(tiny_config(64, **changes)), outputs, pooling, dropout)
 
 
+# On a GPU with heads of 64, for which there are kernels.
+SIZES = {"hidden_size": 128, "intermediate_size": 128} if NATIVE else {}
+
+
 def make_step(outputs: int = 2, graphs: bool = True, dtype=torch.float32, seed: int = 0, **settings) -> FinetuneStep:
-    """A step of a tiny classifier; on a GPU with heads of 64, for which there are kernels."""
+    """A step of a tiny classifier."""
     protocol = Protocol(**{"lr": 1e-3, "dropout": 0.0, "max_length": LENGTH} | settings)
-    sizes = {"hidden_size": 128, "intermediate_size": 128} if NATIVE else {}
-    classifier = make_classifier(outputs, protocol.pooling, protocol.dropout, seed, **sizes)
+    classifier = make_classifier(outputs, protocol.pooling, protocol.dropout, seed, **SIZES)
     return FinetuneStep(classifier.to(DEVICE).train(), protocol, dtype, graphs)
 
 
@@ -250,7 +253,7 @@ def test_a_seed_decides_everything(reference):
 def test_a_step_that_starts_again_is_a_new_one(reference):
     step = make_step(epochs=1)
     run(step, rows=60)
-    step.restart(make_classifier())
+    step.restart(make_classifier(**SIZES))
     fresh = make_step(epochs=1)
     assert run(step, rows=60).epochs == run(fresh, rows=60).epochs
     assert torch.equal(step.weights.master, fresh.weights.master)
@@ -258,13 +261,13 @@ def test_a_step_that_starts_again_is_a_new_one(reference):
 
 def test_the_update_is_adamw_without_decay_and_clipping(reference):
     step, batch = make_step(), batches(make_examples(16)).make(np.arange(16))
-    peer = make_classifier()
+    peer = make_classifier(**SIZES).to(DEVICE)
     used = [p for name, p in peer.named_parameters() if not name.startswith("encoder.head.")]
     optimizer = torch.optim.AdamW(used, lr=1e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0)
     for _ in range(3):
         step(batch, 1e-3)
         optimizer.zero_grad()
-        peer(*arguments(batch)).backward()
+        peer(*arguments(batch.to(DEVICE))).backward()
         optimizer.step()
     for (name, one), other in zip(step.model.named_parameters(), peer.parameters(), strict=True):
         assert torch.allclose(one, other, atol=2e-5), name
@@ -277,8 +280,8 @@ def test_predictions_are_in_the_order_of_the_examples(reference):
     step.model.eval()
     for row in (0, 33, 69):
         one = batches(examples, 1, filled=False).make(np.array([row]))
-        logits = step.model.logits(*arguments(one)[:4], rows=1)
-        assert np.allclose(found[row], logits.detach().numpy()[0], atol=1e-5)
+        logits = step.model.logits(*arguments(one.to(DEVICE))[:4], rows=1)
+        assert np.allclose(found[row], logits.detach().cpu().numpy()[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])

@@ -95,4 +95,4 @@ def test_a_run_on_a_gpu_begins_with_what_was_picked(step):
     setup = SimpleNamespace(options=options, step=step, plan=BatchPlan(256, 8, "lean"))
     said = []
     running._print_start(SimpleNamespace(say=said.append), setup, SimpleNamespace(microbatch=256))
-    assert "batch 2048 (256 at a time, activations lean, 9.8 GiB predicted)" in said[0]
+    assert "batch 2048 (256 at a time, activations lean, 9.9 GiB predicted)" in said[0]

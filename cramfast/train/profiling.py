@@ -268,7 +268,9 @@ def _record(run: Callable[[], None], steps: int, device: torch.device) -> tuple[
     """(name, seconds, whether in the update, told on a CPU alone) of every kernel of some steps, in the order in which
     they ran; and the seconds of a step under the profiler."""
     gpu = device.type == "cuda"
-    with torch.profiler.profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as recorded:
+    activities = [ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]
+    # There is one cycle; without acc_events torch 2.11 warns that it keeps no others.
+    with torch.profiler.profile(activities=activities, acc_events=True) as recorded:
         seconds = _time(run, steps, device)
     kind = DeviceType.CUDA if gpu else DeviceType.CPU
     events = [e for e in recorded.events() if e.device_type == kind and not e.is_user_annotation]

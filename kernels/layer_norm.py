@@ -233,6 +233,14 @@ def _layer_norm(x, weight, bias, eps):
     return y, statistics
 
 
+def _programs(rows, rows_at_once, num_warps, multiprocessors):
+    """How many programs share the rows: as many as fit, where there are 32 rows for each. Of fewer rows half as many
+    take no longer, and what each leaves has to be added up."""
+    most = multiprocessors * max(1, ROW_WARPS // num_warps)
+    programs = min(max(ceil_div(rows, 32), ceil_div(most, 2)), most)
+    return max(1, min(programs, ceil_div(rows, rows_at_once)))
+
+
 def norm_backward(dy, ds, x, weight, bias, statistics, recompute=False):
     """(dx, dweight, dbias, y); dbias is None without a bias, y unless `recompute`."""
     dy, ds, x, weight, bias = contiguous(dy, ds, x, weight, bias)
@@ -240,7 +248,7 @@ def norm_backward(dy, ds, x, weight, bias, statistics, recompute=False):
     dweight, dbias = torch.empty_like(weight), None if bias is None else torch.empty_like(bias)
     hidden, rows = int(weight.shape[0]), statistics.shape[1]
     launch = backward_launch(hidden, x.dtype, weight.dtype, dtype_of(bias), ds is not None, recompute)
-    programs = multiprocessors(x.device) * max(1, ROW_WARPS // launch.num_warps)
+    programs = _programs(rows, launch.constants["ROWS"], launch.num_warps, multiprocessors(x.device))
     partial = torch.empty((1 if bias is None else 2, programs, hidden), dtype=torch.float32, device=x.device)
     launch(programs, dy, ds, x, weight, bias, statistics, dx, y, partial, rows)
     launch = sum_launch(hidden, dweight.dtype, dtype_of(dbias))

@@ -40,10 +40,13 @@ class Embeddings(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, cu_seqlens: torch.Tensor, token_types: torch.Tensor | None = None
     ) -> torch.Tensor:
-        position_ids = position_weight = None
+        position_ids = position_weight = position_scale = None
         if self.positions is not None:
             _, position_ids = sequence_positions(cu_seqlens, input_ids.numel())
-            position_weight = self.positions.weight
+            if self.token_types is None and isinstance(self.positions, ScaledSinusoid):
+                position_weight, position_scale = self.positions.table, self.positions.scale
+            else:
+                position_weight = self.positions.weight
             if token_types is not None:
                 # One table of all sums of a type's row and a position's, type by type.
                 position_ids = position_ids + len(position_weight) * token_types
@@ -58,6 +61,7 @@ class Embeddings(nn.Module):
             self.norm.bias,
             position_ids=position_ids,
             position_weight=position_weight,
+            position_scale=position_scale,
             eps=self.norm.eps,
             dtype=_activation_dtype(self.tokens.weight),
         )

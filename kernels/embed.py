@@ -2,6 +2,9 @@
 
     x[t] = weight[input_ids[t]] + position_weight[position_ids[t]],   y[t] = layer_norm(x[t])
 
+or with a fixed position_weight, times a learned scalar, position_scale, whose gradient is the sum of
+dx[t] · position_weight[position_ids[t]].
+
 Saved for the backward pass are the indices and two float32 numbers a token, mean and rstd; rows are gathered again. The
 gradient of a table's row is the sum of dx over the tokens that use it, with dx as in layer_norm.py, added in a fixed
 order and in float32 without atomics. The tokens are sorted by row; each group of warps walks over a chunk of them and
@@ -35,8 +38,10 @@ from .rows import (
     row_gradient,
     row_statistics,
     row_tiling,
+    scale_rows,
     store_rows,
     store_share,
+    sum_rows,
     widen,
     zero_vector,
 )
@@ -50,13 +55,15 @@ def embed_reference(
     *,
     position_ids=None,
     position_weight=None,
+    position_scale=None,
     eps=1e-5,
     dtype=None,
 ):
     """The definition, on any device and floating dtype; see `embed`."""
     rows = F.embedding(input_ids, weight)
     if position_weight is not None:
-        rows = rows + F.embedding(position_ids, position_weight)
+        places = F.embedding(position_ids, position_weight)
+        rows = rows + (places if position_scale is None else position_scale * places.detach())
     return layer_norm_reference(rows, norm_weight, norm_bias, eps).to(dtype or weight.dtype)
 
 
@@ -67,19 +74,26 @@ def _gather(
     valid,
     weight_ptr,
     position_weight_ptr,
+    position_scale_ptr,
     vocabulary,
     positions,
     C: tl.constexpr,
     TILE: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """x = weight[row] + position_weight[position], and which of them have both inside the tables. All (ROWS,)."""
+    """x = weight[row] + position_weight[position], times the scale if there is one; position_weight[position], or x
+    where there are no positions; and which rows lie inside the tables. row, position and valid are (ROWS,)."""
     inside = (row >= 0) & (row < vocabulary)
     x = widen(load_rows(weight_ptr, row, valid & inside, C, TILE, TILES), TILES)
+    place = x
     if position_weight_ptr is not None:
         inside &= (position >= 0) & (position < positions)
-        x = add_rows(x, widen(load_rows(position_weight_ptr, position, valid & inside, C, TILE, TILES), TILES), TILES)
-    return x, inside
+        place = widen(load_rows(position_weight_ptr, position, valid & inside, C, TILE, TILES), TILES)
+        if position_scale_ptr is not None:
+            x = add_rows(x, scale_rows(place, tl.load(position_scale_ptr).to(tl.float32), TILES), TILES)
+        else:
+            x = add_rows(x, place, TILES)
+    return x, place, inside
 
 
 @triton.jit
@@ -97,6 +111,7 @@ def _embed_kernel(
     weight_ptr,  # (vocabulary, C)
     position_ids_ptr,  # (tokens,) or None
     position_weight_ptr,  # (positions, C) or None
+    position_scale_ptr,  # () or None
     norm_weight_ptr,  # (C,)
     norm_bias_ptr,  # (C,) or None
     y_ptr,  # (tokens, C)
@@ -114,7 +129,8 @@ def _embed_kernel(
     valid = token < tokens
     row = _index(ids_ptr, token, valid, token)
     position = _index(position_ids_ptr, token, valid, token)
-    x, inside = _gather(row, position, valid, weight_ptr, position_weight_ptr, vocabulary, positions, C, TILE, TILES)
+    tables = (weight_ptr, position_weight_ptr, position_scale_ptr, vocabulary, positions)
+    x, _, inside = _gather(row, position, valid, *tables, C, TILE, TILES)
     mean, rstd = row_statistics(x, eps, C, TILE, TILES)
     rstd = tl.where(inside, rstd, float("nan"))
     tl.store(statistics_ptr + token, mean, mask=valid)
@@ -135,12 +151,14 @@ def _embed_backward_kernel(
     weight_ptr,
     position_ids_ptr,  # None where the keys are the position ids, or without positions
     position_weight_ptr,
+    position_scale_ptr,
     norm_weight_ptr,
     norm_bias_ptr,
     statistics_ptr,
     dtable_ptr,  # (size, C), zeros, or what the gradient joins
     pieces_ptr,  # (chunks, 2, C): sums of rows that a chunk shares with the one before, and with the one after it
     partial_ptr,  # (1 or 2, shares, C) or None: gradients of the norm's weight and bias over SHARE tokens of each chunk
+    dscale_ptr,  # (chunks,) or None: of the scale, over each chunk
     tokens,
     vocabulary,
     positions,
@@ -162,6 +180,7 @@ def _embed_backward_kernel(
     shared = (place > 0) & (before == key)
     token = tl.load(order_ptr + place, mask=place < tokens, other=0)
     next_dy, next_mean, next_rstd = load_gradient(dy_ptr, statistics_ptr, token, place < tokens, tokens, C, TILE, TILES)
+    dscale = tl.zeros([ROWS], tl.float32)
     for part in tl.range(0, CHUNK // SHARE):
         dweight = zero_vector(TILE, TILES)
         dbias = zero_vector(TILE, TILES)
@@ -169,7 +188,8 @@ def _embed_backward_kernel(
             valid = place < tokens
             row = _index(ids_ptr, token, valid, key)
             position = _index(position_ids_ptr, token, valid, key)
-            x, _ = _gather(row, position, valid, weight_ptr, position_weight_ptr, vocabulary, positions, C, TILE, TILES)
+            tables = (weight_ptr, position_weight_ptr, position_scale_ptr, vocabulary, positions)
+            x, position_row, _ = _gather(row, position, valid, *tables, C, TILE, TILES)
             dy, mean, rstd = widen(next_dy, TILES), next_mean, next_rstd
             place += 1
             # The next gradient travels while this one is worked on.
@@ -179,6 +199,8 @@ def _embed_backward_kernel(
             following = tl.load(keys_ptr + place, mask=place < tokens, other=-1).to(tl.int64)
             dx, xhat = row_gradient(dy, x, mean, rstd, weight, C, TILES)
             total = add_rows(total, dx, TILES)
+            if dscale_ptr is not None:
+                dscale += sum_rows(multiply_rows(dx, position_row, TILES), TILES)
             if partial_ptr is not None:
                 dweight = fold_rows(dweight, multiply_rows(dy, xhat, TILES), TILES)
                 if norm_bias_ptr is not None:
@@ -200,6 +222,8 @@ def _embed_backward_kernel(
             store_share(partial_ptr, share, dweight, C, TILE, TILES)
             if norm_bias_ptr is not None:
                 store_share(partial_ptr, tl.num_programs(0) * (CHUNK // SHARE) + share, dbias, C, TILE, TILES)
+    if dscale_ptr is not None:
+        tl.store(dscale_ptr + chunk, dscale, mask=chunk * CHUNK < tokens)
 
 
 @triton.jit
@@ -291,22 +315,23 @@ def join_launch(hidden, key_dtype, table_dtype, add=False) -> Launch:
 def _launches(dtype, _capability):
     index, wide = torch.int64, torch.float32
     for hidden in (768, 1024):
-        for position in (None, index):
-            tables = (index, wide, position, position and wide, wide, wide)
+        for position, scale in ((None, None), (index, None), (index, wide)):
+            tables = (index, wide, position, position and wide, scale, wide, wide)
             yield forward_launch(hidden, dtype.itemsize, (*tables, dtype, wide))
-            sorted_by_token = (dtype, torch.int16, index, None, *tables[1:], wide, wide, wide, wide)
+            sorted_by_token = (dtype, torch.int16, index, None, *tables[1:], wide, wide, wide, wide, scale)
             yield from (backward_launch(hidden, dtype.itemsize, sorted_by_token, add) for add in (False, True))
-        sorted_by_position = (dtype, torch.int16, index, index, wide, None, wide, wide, wide, wide, wide, wide, None)
+        tables = (index, wide, None, wide, None, wide, wide)
+        sorted_by_position = (dtype, torch.int16, index, *tables, wide, wide, wide, None, None)
         yield backward_launch(hidden, dtype.itemsize, sorted_by_position)
     yield from (join_launch(768, torch.int16, wide, add) for add in (False, True))
 
 
-def _forward(weight, input_ids, norm_weight, norm_bias, position_ids, position_weight, eps, dtype):
+def _forward(weight, input_ids, norm_weight, norm_bias, position_ids, position_weight, position_scale, eps, dtype):
     """(y (T, C), statistics (2, T))."""
     (vocabulary, hidden), tokens = weight.shape, input_ids.shape[0]
     y = torch.empty((tokens, hidden), dtype=dtype, device=weight.device)
     statistics = torch.empty((2, tokens), dtype=torch.float32, device=weight.device)
-    inputs = contiguous(input_ids, weight, position_ids, position_weight, norm_weight, norm_bias)
+    inputs = contiguous(input_ids, weight, position_ids, position_weight, position_scale, norm_weight, norm_bias)
     tensors = (*inputs, y, statistics)
     launch = forward_launch(int(hidden), dtype.itemsize, tuple(map(dtype_of, tensors)))
     grid = ceil_div(tokens, launch.constants["ROWS"])
@@ -314,30 +339,43 @@ def _forward(weight, input_ids, norm_weight, norm_bias, position_ids, position_w
     return y, statistics
 
 
-def _backward(dy, weight, input_ids, norm_weight, norm_bias, position_ids, position_weight, statistics, collected=None):
-    """(dweight, dnorm_weight, dnorm_bias, dposition_weight); the last two are None where there is no such parameter.
-    dweight is added to `collected`, where that is given, and returned as that."""
+def _backward(
+    dy,
+    weight,
+    input_ids,
+    norm_weight,
+    norm_bias,
+    position_ids,
+    position_weight,
+    position_scale,
+    statistics,
+    collected=None,
+):
+    """(dweight, dnorm_weight, dnorm_bias, dposition_weight, dposition_scale), None where there is no such parameter, as
+    position_weight is none with a scale. dweight is added to `collected`, where given, and returned as that."""
     hidden, chunks = int(weight.shape[1]), ceil_div(input_ids.shape[0], _CHUNK)
     shares = ceil_div(chunks, row_tiling(hidden, dy.dtype.itemsize).rows) * (_CHUNK // _SHARE)
     shape = (1 if norm_bias is None else 2, shares, hidden)
     partial = torch.empty(shape, dtype=torch.float32, device=dy.device)
+    dscale = None if position_scale is None else torch.empty(chunks, dtype=torch.float32, device=dy.device)
     norm = (norm_weight, norm_bias, statistics)
-    inputs = (None, weight, position_ids, position_weight, *norm)
-    dweight = _table_gradient(dy, input_ids, weight, inputs, partial, collected)
+    inputs = (None, weight, position_ids, position_weight, position_scale, *norm)
+    dweight = _table_gradient(dy, input_ids, weight, inputs, (partial, dscale), collected)
     dposition_weight = None
-    if position_ids is not None:
-        inputs = (input_ids, weight, None, position_weight, *norm)
-        dposition_weight = _table_gradient(dy, position_ids, position_weight, inputs, None, None)
+    if position_ids is not None and position_scale is None:
+        inputs = (input_ids, weight, None, position_weight, None, *norm)
+        dposition_weight = _table_gradient(dy, position_ids, position_weight, inputs, (None, None), None)
     dnorm_weight = torch.empty_like(norm_weight)
     dnorm_bias = None if norm_bias is None else torch.empty_like(norm_bias)
     launch = sum_launch(hidden, norm_weight.dtype, dtype_of(norm_bias))
     launch(ceil_div(hidden, launch.constants["COLUMNS"]), partial, dnorm_weight, dnorm_bias, shares)
-    return dweight, dnorm_weight, dnorm_bias, dposition_weight
+    dposition_scale = None if dscale is None else dscale.sum(0, keepdim=True, dtype=position_scale.dtype)
+    return dweight, dnorm_weight, dnorm_bias, dposition_weight, dposition_scale
 
 
-def _table_gradient(dy, ids, table, inputs, partial, collected):
+def _table_gradient(dy, ids, table, inputs, shares, collected):
     """The gradient of `table`, whose rows `ids` name, added to `collected` if it is given. inputs: the kernel's tensors
-    from ids_ptr to statistics_ptr; the norm's gradients go to `partial` on the way, if it is given."""
+    from ids_ptr to statistics_ptr; shares: those of the norm's gradients and of the scale's, where they are wanted."""
     (size, hidden), tokens = table.shape, ids.shape[0]
     # Sorting takes a pass for each byte of a key. Indices outside the table come first, and have no row.
     keys = ids.where((ids >= 0) & (ids < size), -1).to(torch.int16 if size <= 2**15 else torch.int32)
@@ -347,7 +385,7 @@ def _table_gradient(dy, ids, table, inputs, partial, collected):
         dtable = torch.zeros((size, hidden), dtype=table.dtype, device=table.device)
     chunks = ceil_div(tokens, _CHUNK)
     pieces = torch.empty((chunks, 2, hidden), dtype=torch.float32, device=table.device)
-    tensors = (*contiguous(dy, keys, order, *inputs), dtable, pieces, partial)
+    tensors = (*contiguous(dy, keys, order, *inputs), dtable, pieces, *shares)
     launch = backward_launch(int(hidden), dy.dtype.itemsize, tuple(map(dtype_of, tensors)), add)
     _, weight, _, position_weight, *_ = inputs
     grid = ceil_div(chunks, launch.constants["ROWS"])
@@ -362,7 +400,7 @@ def _height(table):
 
 
 def _save(ctx, inputs, results):
-    ctx.save_for_backward(*inputs[:6], results[1])
+    ctx.save_for_backward(*inputs[:7], results[1])
     ctx.collector = inputs[0] if collects(inputs[0]) else None
 
 
@@ -375,16 +413,19 @@ def _gradients(ctx, backward, dy, *_):
         if not joins:
             collected.zero_()
         dweight, others = None, _backward(dy, *inputs, statistics, collected)[1:]
-    dnorm_weight, dnorm_bias, dposition_weight = others
-    norm_bias, _, position_weight = inputs[3:]
+    dnorm_weight, dnorm_bias, dposition_weight, dposition_scale = others
+    norm_bias, _, position_weight, position_scale = inputs[3:]
     dnorm_bias = None if norm_bias is None else dnorm_bias
-    dposition_weight = None if position_weight is None else dposition_weight
-    return dweight, None, dnorm_weight, dnorm_bias, None, dposition_weight, None, None
+    if position_scale is None:
+        dposition_scale = None
+    if position_weight is None or position_scale is not None:
+        dposition_weight = None
+    return dweight, None, dnorm_weight, dnorm_bias, None, dposition_weight, dposition_scale, None, None
 
 
 _INPUTS = (
     "Tensor weight, Tensor input_ids, Tensor norm_weight, Tensor? norm_bias, Tensor? position_ids,"
-    " Tensor? position_weight"
+    " Tensor? position_weight, Tensor? position_scale"
 )
 _operator = Operator(
     "embed",
@@ -396,7 +437,8 @@ _operator = Operator(
         define(
             "embed_backward",
             f"(Tensor dy, {_INPUTS}, Tensor statistics)"
-            " -> (Tensor dweight, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dposition_weight)",
+            " -> (Tensor dweight, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dposition_weight,"
+            " Tensor dposition_scale)",
             _backward,
         ),
     ),
@@ -412,19 +454,23 @@ def embed(
     *,
     position_ids: torch.Tensor | None = None,
     position_weight: torch.Tensor | None = None,
+    position_scale: torch.Tensor | None = None,
     eps: float = 1e-5,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Normalised embeddings of input_ids (T,) → (T, C) in `dtype` (None: that of weight).
 
     weight (V, C); norm_weight, norm_bias (C,); position_ids (T,) index rows of position_weight (P, C), both given or
-    neither. Indices are int32 or int64. The gradient of a weight with a `main_grad` is added to that. On a GPU a token
-    whose index lies outside its table becomes a row of NaN, and nothing else comes to harm; the reference raises as
-    torch does. Raises ValueError for a shape or device that does not fit, and when only one of position_ids and
-    position_weight is given, TypeError for a dtype that does not fit.
+    neither. With position_scale (1,) those are added times that, and are no parameter themselves. Indices are int32 or
+    int64. The gradient of a weight with a `main_grad` is added to that. On a GPU a token whose index lies outside its
+    table becomes a row of NaN, and nothing else comes to harm; the reference raises as torch does. Raises ValueError
+    for a shape or device that does not fit, and when only one of position_ids and position_weight is given, or a scale
+    without them, TypeError for a dtype that does not fit.
     """
     if (position_ids is None) != (position_weight is None):
         raise ValueError("embed: position_ids and position_weight go together; one of them is None")
+    if position_scale is not None and position_ids is None:
+        raise ValueError("embed: position_scale is given without position_ids and position_weight")
     dtype = dtype or weight.dtype
     width = expect_table("embed", "weight", weight, MAX_WIDTH)
     expect_dtype("embed", dtype, weight)
@@ -436,8 +482,10 @@ def embed(
         expect_indices("embed", "position_ids", position_ids, weight, input_ids.shape)
         expect_table("embed", "position_weight", position_weight, MAX_WIDTH)
         expect_parameter("embed", "position_weight", position_weight, (position_weight.shape[0], width), weight)
+    if position_scale is not None:
+        expect_parameter("embed", "position_scale", position_scale, (1,), weight)
     run = pick("embed", weight, embed_reference)
+    positions = {"position_ids": position_ids, "position_weight": position_weight, "position_scale": position_scale}
     if run is embed_reference:
-        options = {"position_ids": position_ids, "position_weight": position_weight, "eps": eps, "dtype": dtype}
-        return embed_reference(input_ids, weight, norm_weight, norm_bias, **options)
-    return run(weight, input_ids, norm_weight, norm_bias, position_ids, position_weight, eps, dtype)
+        return embed_reference(input_ids, weight, norm_weight, norm_bias, **positions, eps=eps, dtype=dtype)
+    return run(weight, input_ids, norm_weight, norm_bias, *positions.values(), eps, dtype)

@@ -187,6 +187,14 @@ def add_rows(a, b, TILES: tl.constexpr):
 
 
 @triton.jit
+def scale_rows(a, factor, TILES: tl.constexpr):
+    out = ()
+    for i in tl.static_range(TILES):
+        out = out + (a[i] * factor,)
+    return out
+
+
+@triton.jit
 def multiply_rows(a, b, TILES: tl.constexpr):
     out = ()
     for i in tl.static_range(TILES):

@@ -143,8 +143,8 @@ def random_grads(outputs):
 def embed_in_order(function):
     """embed with all tensors by position, so that it can be called as the others are."""
 
-    def call(input_ids, weight, norm_weight, norm_bias=None, position_ids=None, position_weight=None, **options):
-        positions = {"position_ids": position_ids, "position_weight": position_weight}
+    def call(input_ids, weight, norm_weight, norm_bias=None, ids=None, table=None, scale=None, **options):
+        positions = {"position_ids": ids, "position_weight": table, "position_scale": scale}
         return function(input_ids, weight, norm_weight, norm_bias, **positions, **options)
 
     return call
@@ -367,6 +367,21 @@ def test_embed_with_other_tables(vocabulary, indices, places):
     assert_as_exact_as_torch("embed", inputs)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("total", [1, CHUNK + 1, 2 * CHUNK + 3])
+def test_embed_with_a_scale_of_fixed_places(total, dtype):
+    inputs, options = arguments("embed", total, 96, dtype, parameters=torch.float32)
+    scale, grads = randn(1, seed=12), [randn(total, 96, dtype=dtype, seed=20)]
+    assert_as_exact_as_torch("embed", inputs, grads, scale=scale, **options)
+    *_, found = evaluate(PAIRS["embed"][0], [*inputs, scale], grads, **options)
+    # Without a scale the places have gradients, whose products with them are its gradient's terms.
+    *scaled, table = widened([*inputs[:-1], inputs[-1] * scale])
+    *_, places = evaluate(PAIRS["embed"][1], [*scaled, table], widened(grads), dtype=torch.float64)
+    terms = places * inputs[-1]
+    assert found.shape == (1,)
+    assert (found - terms.sum()).abs() <= torch.finfo(torch.float32).eps * terms.abs().sum()
+
+
 # Around the chunk that a group of warps walks over, and with more pieces than are added up at once.
 @pytest.mark.parametrize("total", [1, CHUNK, CHUNK + 1, 2 * CHUNK, (PIECES + 2) * CHUNK + 3])
 def test_embed_of_one_token_over_and_over(total):
@@ -444,9 +459,10 @@ def registered_calls():
         _, statistics = torch.ops.cramfast.layer_norm(x, weight, b, 1e-5)
         yield "layer_norm_backward", (other, None if recompute else x, x, weight, b, statistics, recompute)
         positions = (places, place_table) if bias else (None, None)
-        yield "embed", (table, ids, weight, b, *positions, 1e-5, torch.bfloat16)
-        _, statistics = torch.ops.cramfast.embed(table, ids, weight, b, *positions, 1e-5, torch.float32)
-        yield "embed_backward", (x, table, ids, weight, b, *positions, statistics)
+        for scale in (None, randn(1))[: 1 + bias]:
+            yield "embed", (table, ids, weight, b, *positions, scale, 1e-5, torch.bfloat16)
+            _, statistics = torch.ops.cramfast.embed(table, ids, weight, b, *positions, scale, 1e-5, torch.float32)
+            yield "embed_backward", (x, table, ids, weight, b, *positions, scale, statistics)
     for approximate in ("none", "tanh"):
         yield "gelu", (x, approximate)
         yield "gelu_backward", (other, x, approximate)
@@ -767,3 +783,11 @@ def test_embed_from_a_table_of_more_elements_than_32_bits_count():
     assert all(torch.equal(a, b) for a, b in zip([y, dtable[used], *others], expected, strict=True))
     dtable[used] = 0
     assert not dtable.any()
+
+
+def test_a_scale_goes_with_places():
+    (ids, table, *norm, places, place_table), _ = arguments("embed", 9, 64)
+    with pytest.raises(ValueError, match="embed: position_scale is given without position_ids"):
+        embed(ids, table, *norm, position_scale=randn(1))
+    with pytest.raises(ValueError, match=r"embed: position_scale has shape \(2,\), expected \(1,\)"):
+        embed(ids, table, *norm, position_ids=places, position_weight=place_table, position_scale=randn(2))

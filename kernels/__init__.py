@@ -9,7 +9,7 @@ operator family: its reference in plain PyTorch and its public function.
 __version__ = "0"
 
 if __name__ == "cramfast.kernels":
-    from .adamw import adamw, adamw_rates, adamw_reference
+    from .adamw import adamw, adamw_rates, adamw_reference, update_rates, update_rates_reference
     from .attention import varlen_attention, varlen_attention_reference
     from .attention_settings import LONGEST
     from .dispatch import OPERATORS, choose
@@ -71,6 +71,8 @@ if __name__ == "cramfast.kernels":
         "selftest",
         "sequence_positions",
         "unpad",
+        "update_rates",
+        "update_rates_reference",
         "varlen_attention",
         "varlen_attention_reference",
     ]

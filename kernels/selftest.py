@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .adamw import adamw, adamw_rates, adamw_reference
+from .adamw import adamw, adamw_reference, update_rates, update_rates_reference
 from .attention import varlen_attention, varlen_attention_reference
 from .dispatch import DTYPES, OPERATORS, choose
 from .embed import embed, embed_reference
@@ -232,15 +232,17 @@ def _update_inputs(draw, tokens):
     return {"weight": draw(size), "gradient": draw(size), "first": draw(size), "second": draw(size).square()}
 
 
-def _update(function: Callable) -> Callable:
+def _update(function: Callable, decide: Callable) -> Callable:
     """`function` with a 16-bit copy of the weights and without, on all of them and on those from an odd place on, and
-    an update that is skipped."""
+    an update that is skipped; by rates that `decide` finds, of a gradient that is clipped."""
 
     def run(**inputs):
-        scalars = [torch.tensor(value, device=inputs["weight"].device) for value in (0.1, 3.0, 0.5, 0.0)]
-        rates = adamw_rates(*scalars, beta1=0.9, beta2=0.98)
+        # Norm, loss, loss scale, learning rate, updates before.
+        scalars = [torch.tensor(value, device=inputs["weight"].device) for value in (8.0, 0.5, 4.0, 0.1, 2.0)]
+        report = torch.empty(3, device=scalars[0].device)
+        rates = decide(*scalars, report, clip=1.0, beta1=0.9, beta2=0.98)
         skipping = rates.index_fill(0, torch.tensor(4, device=rates.device), 1.0)
-        results = []
+        results = [report, rates]
         for start, rates_now, narrow in ((0, rates, True), (0, rates, False), (3, rates, False), (0, skipping, True)):
             state = [tensor.detach()[start:].clone() for tensor in inputs.values()]
             weight = state[0]
@@ -290,7 +292,7 @@ _CASES = {
     "geglu": (geglu, geglu_reference, _activation_inputs),
     "varlen_attention": (_attend(varlen_attention), _attend(varlen_attention_reference), _attention_inputs),
     "mlm_loss": (_lose(mlm_loss, ("fast", "low")), _lose(mlm_loss_reference), _loss_inputs),
-    "adamw": (_update(adamw), _update(adamw_reference), _update_inputs),
+    "adamw": (_update(adamw, update_rates), _update(adamw_reference, update_rates_reference), _update_inputs),
     "muon": (
         _muon(muon_direction, muon_update),
         _muon(muon_direction_reference, muon_update_reference),

@@ -6,12 +6,21 @@ for weights and moments.
 
 import importlib
 import itertools
+import math
 
 import pytest
 import torch
 from test_operators import DEVICE, NATIVE, needs_gpu, randn
 
-from cramfast.kernels import OPERATORS, adamw, adamw_rates, adamw_reference, choose
+from cramfast.kernels import (
+    OPERATORS,
+    adamw,
+    adamw_rates,
+    adamw_reference,
+    choose,
+    update_rates,
+    update_rates_reference,
+)
 
 FILE = importlib.import_module("cramfast.kernels.adamw")
 SELFTEST = importlib.import_module("cramfast.kernels.selftest")
@@ -260,7 +269,7 @@ def test_the_doctor_finds_a_wrong_one(spoilt, monkeypatch):
         if tensors[spoilt] is not None:
             tensors[spoilt][7] += 1
 
-    case = (SELFTEST._update(wrong), *SELFTEST._CASES["adamw"][1:])
+    case = (SELFTEST._update(wrong, update_rates), *SELFTEST._CASES["adamw"][1:])
     assert not SELFTEST._worst_error(*case, DEVICE, torch.float32) <= 1
 
 
@@ -306,3 +315,46 @@ def test_wrong_arguments(change, error, message):
     with pytest.raises(error, match=f"^adamw: {message}"):
         adamw(*moved.values(), **OPTIONS)
     assert all((x == 1).all() for x in moved.values() if not x.is_meta)
+
+
+DECISIONS = {
+    "clipped": (8.0, 2.5, 1.0, 2.0),
+    "clipped and scaled": (8.0 * 1024, 2.5, 1024.0, 2.0),
+    "small": (0.5, 2.5, 1.0, 0.0),
+    "zero": (0.0, 0.0, 1.0, 0.0),
+    "the thousandth": (3.0, 2.5, 1.0, 999.0),
+    "infinite norm": (math.inf, 2.5, 65536.0, 2.0),
+    "NaN in the norm": (math.nan, 2.5, 1.0, 2.0),
+    "NaN loss": (1.0, math.nan, 1.0, 2.0),
+    "infinite loss": (1.0, -math.inf, 1.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("clip", [1.0, math.inf])
+@pytest.mark.parametrize("case", DECISIONS)
+def test_an_update_is_decided_as_by_the_definition(triton_kernels, poisoned, case, clip):
+    norm, loss, loss_scale, updates = DECISIONS[case]
+    found, right = (
+        [*map(scalar, (norm, loss, loss_scale, 0.01, updates)), torch.zeros(3, device=DEVICE)] for _ in "12"
+    )
+    rates = update_rates(*found, clip=clip, **BETAS)
+    expected = update_rates_reference(*right, clip=clip, **BETAS)
+    skipped = case.startswith(("infinite", "NaN"))
+    assert rates[4] == skipped and found[4] == updates + (not skipped)
+    if not skipped:
+        assert torch.allclose(rates, expected, rtol=2e-7, atol=0)
+        assert rates[3] == (1 / loss_scale if clip == math.inf or norm / loss_scale < 1 else 1 / norm)
+    for tensor, other in zip(found, right, strict=True):
+        assert torch.equal(tensor.nan_to_num(7e30), other.nan_to_num(7e30))
+
+
+def test_a_decision_names_what_does_not_fit():
+    given = {name: scalar(1.0) for name in ("gradient_norm", "loss", "loss_scale", "lr", "updates")}
+    given["report"] = torch.zeros(3, device=DEVICE)
+    for name, tensor, error in (
+        ("lr", torch.zeros(1, device=DEVICE), ValueError),
+        ("updates", torch.zeros((), dtype=torch.int64, device=DEVICE), TypeError),
+        ("report", torch.zeros(5, device=DEVICE), ValueError),
+    ):
+        with pytest.raises(error, match=f"adamw: {name} "):
+            update_rates(**(given | {name: tensor}), clip=1.0, **BETAS)

@@ -32,7 +32,7 @@ STATE = {"step": 7, "spent": {"seconds": 0.1 + 0.2, "tokens": 2**53 + 1, "flops"
 def make_model(seed: int = 0, config: ModelConfig = CONFIG) -> tuple[Bert, Optimizer]:
     torch.manual_seed(seed)
     model = Bert(config)
-    return model, Optimizer(Weights(model, torch.float32), OptimizerOptions(lr=1e-3))
+    return model, Optimizer(Weights(model, torch.float32), OptimizerOptions(lr=1e-3, clip=1.0))
 
 
 def update(model: Bert, optimizer: Optimizer) -> None:
@@ -42,7 +42,7 @@ def update(model: Bert, optimizer: Optimizer) -> None:
     loss = model(ids, torch.tensor([0, 10, 24], dtype=torch.int32), 14, torch.arange(0, 24, 4), ids[::4])
     weights.start_gradient(anew=True)
     weights.take(torch.autograd.grad(loss, [*weights.leaves.values()], allow_unused=True))
-    optimizer.update(torch.tensor(1e-3), torch.ones(()), torch.zeros(()))
+    optimizer.update(torch.tensor(1e-3), loss.detach(), torch.ones(()), torch.zeros(3))
 
 
 def trained(updates: int = 3) -> tuple[Bert, Optimizer]:

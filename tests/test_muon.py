@@ -4,6 +4,7 @@ The rule: against the definition in fp64, at most twice the error of the definit
 """
 
 import importlib
+import math
 
 import pytest
 import torch
@@ -128,7 +129,12 @@ def test_what_does_not_fit_is_named(change, error, message):
 
 
 CONFIG = ModelConfig(vocab_size=97, hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48)
-OPTIONS = OptimizerOptions(optimizer="muon", lr=1e-3, muon_lr=0.02, muon_momentum=0.9, weight_decay=0.1, clip=1.0)
+OPTIONS = OptimizerOptions(optimizer="muon", lr=1e-3, muon_lr=0.02, muon_momentum=0.9, weight_decay=0.1, clip=math.inf)
+
+
+def decided(lr: float) -> tuple[torch.Tensor, ...]:
+    """Learning rate, loss, loss scale and a place for the report."""
+    return scalar(lr), scalar(0.0), scalar(1.0), torch.zeros(3, device=DEVICE)
 
 
 def optimized(updates: int = 2) -> tuple[Weights, Optimizer, dict]:
@@ -140,7 +146,7 @@ def optimized(updates: int = 2) -> tuple[Weights, Optimizer, dict]:
         before = {name: view.clone() for name, view in weights.by_name(weights.master).items()}
         for number, view in enumerate(weights.by_name(weights.gradient).values()):
             view.copy_(randn(*view.shape, seed=100 * seed + number))
-        optimizer.update(scalar(1e-3), scalar(1.0), scalar(0.0))
+        optimizer.update(*decided(1e-3))
     return weights, optimizer, before
 
 
@@ -193,7 +199,7 @@ def test_an_update_runs_as_a_graph_and_does_not_wait():
     weights = Weights(Bert(CONFIG).to(DEVICE), torch.bfloat16)
     optimizer = Optimizer(weights, OPTIONS)
     weights.gradient.normal_()
-    scalars = (scalar(1e-3), scalar(1.0), scalar(0.0))
+    scalars = decided(1e-3)
     optimizer.update(*scalars)
     start = [tensor.clone() for tensor in (weights.master, optimizer.first, optimizer.second, optimizer.updates)]
     torch.cuda.set_sync_debug_mode("error")

@@ -3,7 +3,7 @@
 import torch
 
 from ..config import OptimizerOptions
-from ..kernels import adamw, adamw_rates, muon_direction, muon_update, orthogonalise
+from ..kernels import adamw, muon_direction, muon_update, orthogonalise, update_rates
 from .weights import Weights
 
 
@@ -23,12 +23,13 @@ class Optimizer:
         self.second = torch.zeros_like(weights.master[self.adam_from :])
         self.updates = torch.zeros((), device=weights.master.device)
 
-    def update(self, lr: torch.Tensor, factor: torch.Tensor, skipped: torch.Tensor) -> None:
-        """Update the weights by `factor` times their gradient, unless `skipped` is 1. All three are scalars on the
-        device; lr is AdamW's."""
+    def update(self, lr: torch.Tensor, loss: torch.Tensor, loss_scale: torch.Tensor, report: torch.Tensor) -> None:
+        """Clip the gradient, which is that of the loss times `loss_scale`, and update the weights by it, unless it or
+        the loss is not finite. report (3,) gets loss, gradient norm and whether the update was skipped; the others are
+        scalars, all on the device; lr is AdamW's."""
         betas = {"beta1": self.options.beta1, "beta2": self.options.beta2}
-        self.updates += 1 - skipped
-        rates = adamw_rates(lr, self.updates, factor, skipped, **betas)
+        norm = torch.linalg.vector_norm(self.weights.gradient)
+        rates = update_rates(norm, loss, loss_scale, lr, self.updates, report, clip=self.options.clip, **betas)
         if self.stacks:
             self._muon(rates)
         weights = self.weights

@@ -109,13 +109,10 @@ class Step:
         return StepResult(*self._report.clone().unbind())
 
     def _update(self) -> None:
-        norm = torch.linalg.vector_norm(self.weights.gradient) / self.loss_scale
-        skipped = (~torch.isfinite(norm + self._loss)).float()
-        factor = 1 / (self.loss_scale * (norm / self.options.clip).clamp(min=1.0))
-        self.optimizer.update(self._lr, factor, skipped)
+        self.optimizer.update(self._lr, self._loss, self.loss_scale, self._report)
         if self._scaled:
+            _, _, skipped = self._report
             self._adapt_loss_scale(skipped)
-        self._report.copy_(torch.stack((self._loss, norm, skipped)))
         self._loss.zero_()
 
     def tensors(self) -> dict[str, torch.Tensor]:

@@ -81,7 +81,6 @@ def test_every_plot_that_the_readme_shows_is_there():
 # What the README says is missed: the eager call's way through Python, and a torch.compile that leaves less to gain. Of
 # attention, an SDPA that leaves less than a copy would take for sequences of 64; rotary embedding, which costs more
 # than 5 %. Of the loss, its speed, where torch.compile need not pad the vocabulary; in little memory, by less than 1 %.
-# Of the step, the small microbatch, by less than 1 %.
 KNOWN_MISSES = {
     ("layer_norm/fwd", bars.HOST, "torch-eager"),
     ("layer_norm/fwd+bwd", bars.HOST, "torch-eager"),
@@ -91,7 +90,6 @@ KNOWN_MISSES = {
     ("varlen_attention/fwd+bwd/ragged-16-128-rotary", bars.SPEED, "cramfast"),
     ("mlm_loss/fwd+bwd", bars.SPEED, "torch-compile"),
     ("mlm_loss/fwd+bwd", bars.SPEED, "liger"),
-    ("step/train/crammed-bert-128x128", bars.SPEED, "plain-compile"),
 }
 
 

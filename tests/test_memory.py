@@ -111,7 +111,7 @@ def plan(gb: float, preset: str = "crammed-bert", length: int = 128, **options):
 # Each of these ran on an NVIDIA H100 whose allocator was held to the limit, held-out text included.
 @pytest.mark.parametrize(
     "gb, sequences, activations",
-    [(8, 128, "lean"), (11, 128, "keep"), (12, 256, "lean"), (16, 256, "keep"), (24, 512, "lean"), (48, 512, "keep")],
+    [(8, 128, "lean"), (11, 128, "keep"), (12, 256, "lean"), (16, 256, "keep"), (24, 256, "keep"), (48, 512, "keep")],
 )
 def test_what_is_picked_for_a_card(gb, sequences, activations):
     found = plan(gb)
@@ -134,7 +134,7 @@ def test_more_memory_is_never_slower_and_always_enough(preset, length):
 
 def test_smaller_microbatches_come_before_layers_that_are_repeated():
     assert relative_speed("keep", MOST_TOKENS) == 1
-    assert relative_speed("keep", 128 * 128) == pytest.approx(0.91, abs=0.005)
+    assert relative_speed("keep", 128 * 128) == pytest.approx(0.936, abs=0.005)
     assert relative_speed("lean", 8192) > relative_speed("layers", MOST_TOKENS)
     assert {plan(gb).activations for gb in (6, 8, 11, 12, 16, 24)} == {"keep", "lean"}
 

@@ -41,7 +41,7 @@ def planned(step):
 
 def test_a_batch_is_made_of_the_microbatches_that_fit(planned):
     assert planned(80, batch_size=2048) == BatchPlan(512, 4, "keep")
-    assert planned(24, batch_size=2048) == BatchPlan(512, 4, "lean")
+    assert planned(24, batch_size=2048) == BatchPlan(256, 8, "keep")
     assert planned(12, batch_size=2048) == BatchPlan(256, 8, "lean")
     assert planned(8, batch_size=2048) == BatchPlan(128, 16, "lean")
     assert planned(8, batch_size=2048, activations="keep") == BatchPlan(64, 32, "keep")

@@ -55,8 +55,8 @@ _LOSS_BLOCK_BYTES = 32 * _MIB
 
 # Against "keep": crammed-bert in bfloat16, 512 × 128 tokens, on an NVIDIA H200.
 _SPEED: dict[Activations, float] = {"keep": 1.0, "lean": 0.972, "layers": 0.75}
-# A microbatch takes the time of so many tokens beside its own: there, 128 × 128 tokens reach 0.936 of the speed, 256 × 128
-# reach 0.977.
+# A microbatch takes the time of so many tokens beside its own: there, 128 × 128 tokens reach 0.936 of the speed and
+# 256 × 128 tokens 0.977.
 _OVERHEAD_TOKENS = 1550
 
 # Share of the limit that is lost between the allocator's blocks: a peak of 9.79 GiB ran where it might take 10.3.

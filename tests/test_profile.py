@@ -174,6 +174,16 @@ def test_the_order_of_a_step_tells_apart_what_files_share(monkeypatch, positions
 # The definition's work
 
 # Four sequences of 8 tokens, 8 tokens predicted, in 16 bits.
+MUON = ((3, 4, 10), (2, 8, 8))
+
+
+def test_the_update_by_muon_is_counted_matrix_by_matrix():
+    found = definition(PRESETS["cramfast-tiny"], replace(SIZES, matrices=MUON))[Kind.OPTIMIZER]
+    elements = 3 * 40 + 2 * 64
+    assert found.flops == 5 * (3 * (3 * 16 * 10 + 64) + 2 * (3 * 64 * 8 + 512))
+    assert found.bytes == 4 * 1000 + 28 * (1000 - elements) + (14 + 4 + 10) * elements + 2 * 900
+
+
 SIZES = StepSizes(tokens=32, predicted=8, attended=4 * 64, itemsize=2, parameters=1000, working=900)
 
 

@@ -1,14 +1,16 @@
 """The least that a training step has to do, by the definitions of its operators, and the time that takes.
 
-T tokens of which M are predicted, C hidden size, I intermediate size, V vocabulary, L layers, N parameters; S sum of
-the squared lengths of the sequences; a bytes of an activation. Each activation is read or written once, and what one
-operator writes comes from memory for the next. In all that follows its attention the last layer computes the predicted
-rows alone: R = (L − 1) T + M rows in total go through the second halves of the layers.
+T tokens of which M are predicted, C hidden size, I intermediate size, V vocabulary, L layers, N parameters of which
+Muon updates n; S sum of the squared lengths of the sequences; a bytes of an activation. Each activation is read or
+written once, and what one operator writes comes from memory for the next. In all that follows its attention the last
+layer computes the predicted rows alone: R = (L − 1) T + M rows in total go through the second halves of the layers.
 
 FLOPs
     matrix products      6 for each weight and row: T L rows of the product for qkv, R of the others, M of the head
     attention forward    4 C S L
     attention backward   8 C S L
+    optimizer            of Muon, for a matrix of r rows and c columns, r the fewer: 15 r² c + 5 r³, five times three
+                         products of which two are symmetric and need one half
 
 Bytes
     attention forward    4 C a for each of T L rows: qkv is read, the output written
@@ -22,7 +24,9 @@ Bytes
                          gradient; V C a for that of the table
     MLM loss             2 M V a: logits are read, their gradient is written
     masking              16 (T + M): ids are read and written, positions and labels written
-    optimizer            4 N for the norm of the gradient, 28 N for AdamW, and a for each working copy that it writes
+    optimizer            4 N for the norm of the gradient, 28 (N − n) for AdamW, and a for each working copy that it
+                         writes; (12 + a) n for Muon's momentum and direction, 2 a n to orthogonalise that, (8 + a) n
+                         for the update along it
 
 Layer norms stand before or behind both halves of a layer, at the end of a pre-norm encoder, and in the head's
 transform, whose GELU counts as well. The embedding's own is part of it; its table of positions is left out. What is
@@ -39,7 +43,8 @@ _INDEX_BYTES = 8
 
 @dataclass(frozen=True)
 class StepSizes:
-    """tokens T, predicted M, attended S; itemsize a; parameters N, of which `working` have a copy of that itemsize."""
+    """tokens T, predicted M, attended S; itemsize a; parameters N, of which `working` have a copy of that itemsize;
+    matrices: (count, rows, columns) of those that Muon updates."""
 
     tokens: int
     predicted: int
@@ -47,6 +52,7 @@ class StepSizes:
     itemsize: int
     parameters: int
     working: int
+    matrices: tuple[tuple[int, int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,8 +88,19 @@ def definition(config: ModelConfig, sizes: StepSizes) -> dict[Kind, Work]:
         Kind.EMBEDDING: Work(bytes=2 * (table + T * row) + V * row),
         Kind.LOSS: Work(bytes=2 * M * V * a),
         Kind.MASKING: Work(bytes=2 * _INDEX_BYTES * (T + M)),
-        Kind.OPTIMIZER: Work(bytes=(4 + 28) * sizes.parameters + a * sizes.working),
+        Kind.OPTIMIZER: _update(sizes),
     }
+
+
+def _update(sizes: StepSizes) -> Work:
+    """Norm of the gradient, AdamW, and Muon for its matrices."""
+    a, flops, elements = sizes.itemsize, 0, 0
+    for count, rows, columns in sizes.matrices:
+        short, long = sorted((rows, columns))
+        flops += count * (15 * short * short * long + 5 * short**3)
+        elements += count * rows * columns
+    adamw = 28 * (sizes.parameters - elements)
+    return Work(flops, 4 * sizes.parameters + adamw + (20 + 4 * a) * elements + a * sizes.working)
 
 
 def _products(config: ModelConfig, T: int, M: int, rows: int) -> int:

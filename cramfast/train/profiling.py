@@ -251,6 +251,7 @@ def _sizes(step: TrainStep, mask_rate: float, sequences: int, length: int) -> St
         itemsize=lowest.dtype.itemsize,
         parameters=weights.master.numel(),
         working=0 if weights.working is None else weights.working.numel(),
+        matrices=tuple((stack.count, stack.rows, stack.columns) for stack in step.optimizer.stacks),
     )
 
 

@@ -5,6 +5,7 @@ from setuptools import setup
 setup(
     packages=[
         "cramfast",
+        "cramfast.accelerated",
         "cramfast.data",
         "cramfast.train",
         "cramfast.downstream",

@@ -18,3 +18,13 @@ def load(path):
     from .pretrained import load
 
     return load(path)
+
+
+def accelerate(model, logits=None):
+    """Have a BERT, RoBERTa, DistilBERT, ELECTRA or ModernBERT of transformers run on this project's kernels, in place.
+
+    Returns what was swapped and what was left, and how to undo it. `cramfast.accelerated.accelerate` tells the rest.
+    """
+    from .accelerated import accelerate
+
+    return accelerate(model, logits)

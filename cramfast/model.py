@@ -63,7 +63,7 @@ class Embeddings(nn.Module):
             position_weight=position_weight,
             position_scale=position_scale,
             eps=self.norm.eps,
-            dtype=_activation_dtype(self.tokens.weight),
+            dtype=activation_dtype(self.tokens.weight),
         )
         return _dropped(embedded, self)
 
@@ -302,10 +302,12 @@ class Bert(nn.Module):
         return self.head.predict(hidden_rows, self.embeddings.tokens.weight)
 
 
-def rotary_tables(positions: int, size: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary_tables(
+    positions: int, size: int, theta: float, device: torch.device | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin (positions, size/2) of position · theta^(−2i/size), fp32."""
-    frequency = theta ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
-    angle = torch.arange(positions, dtype=torch.float64)[:, None] * frequency
+    frequency = theta ** -(torch.arange(0, size, 2, dtype=torch.float64, device=device) / size)
+    angle = torch.arange(positions, dtype=torch.float64, device=device)[:, None] * frequency
     return angle.cos().float(), angle.sin().float()
 
 
@@ -324,7 +326,7 @@ def _add_norm(config: ModelConfig) -> FusedAddLayerNorm:
     return FusedAddLayerNorm(config.hidden_size, config.norm_eps, bias=config.norm_bias)
 
 
-def _activation_dtype(weight: torch.Tensor) -> torch.dtype:
+def activation_dtype(weight: torch.Tensor) -> torch.dtype:
     """The dtype activations have: autocast's inside autocast, else the weights'."""
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype

@@ -1,0 +1,247 @@
+"""Where each architecture of transformers keeps what the encoder needs.
+
+Modules are looked up on every call, so that what the owner of a model exchanges counts. B sequences of S places, T
+tokens, C hidden size, V vocabulary, P positions.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..kernels import embed
+from ..model import activation_dtype, rotary_tables
+from .batch import Batch
+from .encoder import Layer, activate, apply, expect_plain, normalised, post_norm, pre_norm
+
+
+@dataclass(frozen=True)
+class Head:
+    """The modules of a masked-language-modelling head, its decoder (V, C). Raises ValueError as `Layer` does."""
+
+    dense: nn.Linear
+    activation: Callable
+    norm: nn.LayerNorm
+    decoder: nn.Linear
+
+    def __post_init__(self):
+        expect_plain(nn.Linear, self.dense, self.decoder)
+        expect_plain(nn.LayerNorm, self.norm)
+
+    def transform(self, x: torch.Tensor) -> torch.Tensor:
+        """What the decoder is given, (M, C) → (M, C)."""
+        return normalised(self.norm, activate(self.activation, apply(self.dense, x)))
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to read an architecture; all functions take the base model, `head` the one around it.
+
+    layers(base, longest): for sequences of at most so many tokens. positions(base, input_ids): int64, expanding to
+    (B, S); None where embeddings have no positions. offset(base): the first position of a sequence. relative: whether
+    tokens know how far others are away, so that padding between them counts. counts_items: whether the loss is over
+    `num_items_in_batch`, where that is given.
+    """
+
+    layers: Callable[[nn.Module, int], list[Layer]]
+    head: Callable[[nn.Module], Head]
+    block: Callable = post_norm
+    positions: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None
+    offset: Callable[[nn.Module], int] = lambda base: 0
+    relative: bool = False
+    counts_items: bool = False
+
+    def longest(self, base: nn.Module) -> int | None:
+        """Places that a sequence can have; None for any number."""
+        return (
+            None if self.positions is None else base.embeddings.position_embeddings.num_embeddings - self.offset(base)
+        )
+
+    def embed(self, base: nn.Module, batch: Batch) -> torch.Tensor:
+        """Embedded tokens (T, C) in the dtype of activations."""
+        embeddings = base.embeddings
+        tokens = embeddings.tok_embeddings if self.relative else embeddings.word_embeddings
+        norm = embeddings.norm if self.relative else embeddings.LayerNorm
+        position_ids, position_weight = _positions(embeddings, batch)
+        embedded = embed(
+            batch.input_ids,
+            _table(tokens),
+            norm.weight,
+            norm.bias,
+            position_ids=position_ids,
+            position_weight=position_weight,
+            eps=norm.eps,
+            dtype=activation_dtype(tokens.weight),
+        )
+        embedded = (embeddings.drop if self.relative else embeddings.dropout)(embedded)
+        project = getattr(base, "embeddings_project", None)
+        return embedded if project is None else apply(project, embedded)
+
+
+def _positions(embeddings: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+    """Which rows of a table (positions, or all sums of a token type's row and a position's) the tokens (T,) have."""
+    if batch.positions is None:
+        return None, None
+    table, types = _table(embeddings.position_embeddings), getattr(embeddings, "token_type_embeddings", None)
+    if types is None:
+        return batch.positions, table
+    if batch.token_types is None:
+        return batch.positions, table + types.weight[0]
+    return batch.positions + len(table) * batch.token_types, (types.weight[:, None] + table).flatten(0, 1)
+
+
+class _ZeroRowGradient(torch.autograd.Function):
+    """A weight whose row's gradient is 0, as `torch.nn.Embedding` has it for its padding_idx."""
+
+    @staticmethod
+    def forward(ctx, weight, row):
+        ctx.row = row
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone()
+        grad[ctx.row] = 0
+        return grad, None
+
+
+def _table(embedding: nn.Embedding) -> torch.Tensor:
+    weight, row = embedding.weight, embedding.padding_idx
+    return weight if row is None or not weight.requires_grad else _ZeroRowGradient.apply(weight, row)
+
+
+def _columns(_base: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    return torch.arange(input_ids.shape[1], device=input_ids.device)
+
+
+def _counted(base: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    """RoBERTa's: tokens other than the padding token are counted from padding_idx + 1, that one is at padding_idx."""
+    padding = base.embeddings.padding_idx
+    others = input_ids.ne(padding).int()
+    return (others.cumsum(1) * others).long() + padding
+
+
+def _bert_layers(base: nn.Module, _longest: int) -> list[Layer]:
+    return [
+        Layer(
+            module=layer,
+            qkv=(layer.attention.self.query, layer.attention.self.key, layer.attention.self.value),
+            heads=layer.attention.self.num_attention_heads,
+            attention_dropout=layer.attention.self.dropout.p,
+            out=layer.attention.output.dense,
+            out_dropout=layer.attention.output.dropout,
+            attention_norm=layer.attention.output.LayerNorm,
+            wide=layer.intermediate.dense,
+            activation=layer.intermediate.intermediate_act_fn,
+            narrow=layer.output.dense,
+            narrow_dropout=layer.output.dropout,
+            mlp_norm=layer.output.LayerNorm,
+        )
+        for layer in base.encoder.layer
+    ]
+
+
+def _distilbert_layers(base: nn.Module, _longest: int) -> list[Layer]:
+    return [
+        Layer(
+            module=layer,
+            qkv=(layer.attention.q_lin, layer.attention.k_lin, layer.attention.v_lin),
+            heads=layer.attention.n_heads,
+            attention_dropout=layer.attention.dropout.p,
+            out=layer.attention.out_lin,
+            out_dropout=nn.Identity(),
+            attention_norm=layer.sa_layer_norm,
+            wide=layer.ffn.lin1,
+            activation=layer.ffn.activation,
+            narrow=layer.ffn.lin2,
+            narrow_dropout=layer.ffn.dropout,
+            mlp_norm=layer.output_layer_norm,
+        )
+        for layer in base.transformer.layer
+    ]
+
+
+def _modernbert_layers(base: nn.Module, longest: int) -> list[Layer]:
+    config, device = base.config, base.final_norm.weight.device
+    size = config.hidden_size // config.num_attention_heads
+    local, thetas = _local_layers(config), _thetas(config)
+    tables = {kind: rotary_tables(longest, size, thetas[kind], device) for kind in {*local}}
+    return [
+        Layer(
+            module=layer,
+            qkv=(layer.attn.Wqkv,),
+            heads=config.num_attention_heads,
+            attention_dropout=layer.attn.attention_dropout,
+            out=layer.attn.Wo,
+            out_dropout=layer.attn.out_drop,
+            attention_norm=None if isinstance(layer.attn_norm, nn.Identity) else layer.attn_norm,
+            wide=layer.mlp.Wi,
+            activation=layer.mlp.act,
+            gated=True,
+            inner_dropout=layer.mlp.drop,
+            narrow=layer.mlp.Wo,
+            narrow_dropout=nn.Identity(),
+            mlp_norm=layer.mlp_norm,
+            window=config.local_attention // 2 if is_local else None,
+            tables=tables[is_local],
+        )
+        for layer, is_local in zip(base.layers, local, strict=True)
+    ]
+
+
+def _local_layers(config) -> list[bool]:
+    """Which layers see a window alone."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return [kind == "sliding_attention" for kind in kinds]
+    return [number % config.global_attn_every_n_layers != 0 for number in range(config.num_hidden_layers)]
+
+
+def _thetas(config) -> dict[bool, float]:
+    """The base of rotary embedding, by whether a layer is local. Raises ValueError for a scaled one."""
+    stored = getattr(config, "rope_parameters", None)
+    if not stored:  # as in transformers 4
+        theta = config.local_rope_theta
+        return {False: config.global_rope_theta, True: config.global_rope_theta if theta is None else theta}
+    thetas = {}
+    for is_local, kind in ((False, "full_attention"), (True, "sliding_attention")):
+        rope = stored.get(kind) or {}
+        if rope.get("rope_type", "default") != "default":
+            raise ValueError(f"cramfast.accelerate: rotary embedding of type {rope['rope_type']}, expected default")
+        thetas[is_local] = rope.get("rope_theta")
+    return thetas
+
+
+def _bert_head(model: nn.Module) -> Head:
+    transform = model.cls.predictions.transform
+    return Head(transform.dense, transform.transform_act_fn, transform.LayerNorm, model.cls.predictions.decoder)
+
+
+def _roberta_head(model: nn.Module) -> Head:
+    return Head(model.lm_head.dense, nn.GELU(), model.lm_head.layer_norm, model.lm_head.decoder)
+
+
+def _distilbert_head(model: nn.Module) -> Head:
+    return Head(model.vocab_transform, model.activation, model.vocab_layer_norm, model.vocab_projector)
+
+
+def _electra_head(model: nn.Module) -> Head:
+    transform = model.generator_predictions
+    return Head(transform.dense, transform.activation, transform.LayerNorm, model.generator_lm_head)
+
+
+def _modernbert_head(model: nn.Module) -> Head:
+    return Head(model.head.dense, model.head.act, model.head.norm, model.decoder)
+
+
+FAMILIES = {
+    "BertModel": Family(_bert_layers, _bert_head, positions=_columns),
+    "RobertaModel": Family(
+        _bert_layers, _roberta_head, positions=_counted, offset=lambda base: base.embeddings.padding_idx + 1
+    ),
+    "DistilBertModel": Family(_distilbert_layers, _distilbert_head, positions=_columns),
+    "ElectraModel": Family(_bert_layers, _electra_head, positions=_columns),
+    "ModernBertModel": Family(_modernbert_layers, _modernbert_head, pre_norm, relative=True, counts_items=True),
+}
+"""By the class of the base model."""

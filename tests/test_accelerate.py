@@ -463,7 +463,7 @@ def test_adapters_that_come_later_are_an_error():
 def test_other_versions_are_an_error(monkeypatch):
     model = made("Bert")
     for version in ("4.56.2", "6.0.0"):
-        monkeypatch.setattr(transformers, "__version__", version)
+        monkeypatch.setattr("transformers.__version__", version)
         with pytest.raises(ValueError, match=f"transformers is {version}, expected 4.57 or later, below 6.0"):
             cramfast.accelerate(model)
     assert VERSIONS == ((4, 57), (6, 0))

@@ -18,6 +18,8 @@ from .encoder import run_layers
 from .families import Family
 
 _TAKEN = {"input_ids", "attention_mask", "token_type_ids", "return_dict", "labels", "num_items_in_batch"}
+# What heads of ModernBERT in transformers 4 tell of the batch.
+_TAKEN |= {"batch_size", "seq_len"}
 
 Given = dict[str, Any]
 """Arguments by name, without those that are None."""

@@ -6,6 +6,7 @@ T tokens, C hidden size, I intermediate size, H heads, D head size, M rows.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -48,30 +49,77 @@ class Layer:
         expect_plain(nn.Linear, *self.qkv, self.out, self.wide, self.narrow)
         expect_plain(nn.LayerNorm, *((self.attention_norm,) if self.attention_norm is not None else ()), self.mlp_norm)
 
-    def attend(self, x: torch.Tensor, batch: Batch, rows: torch.Tensor | None) -> torch.Tensor:
+    def weights(self, dtype: torch.dtype) -> "Weights":
+        """The linear layers' parameters in `dtype`, those of q, k and v as one for a single product.
+
+        That copies the weights, which takes some microseconds on the device. It is far less to launch than three
+        products, and than what autocast does for each parameter by itself.
+        """
+        groups = [[part.weight for part in self.qkv], [part.bias for part in self.qkv]]
+        groups += [[p] for part in (self.out, self.wide, self.narrow) for p in (part.weight, part.bias)]
+        if dtype == self.out.weight.dtype or torch.compiler.is_compiling():
+            return Weights(*(None if group[0] is None else _joined(group, dtype) for group in groups))
+        present = [group for group in groups if group[0] is not None]
+        made = iter(_Together.apply(dtype, [len(group) for group in present], *(p for group in present for p in group)))
+        return Weights(*(None if group[0] is None else next(made) for group in groups))
+
+    def attend(self, weights: "Weights", x: torch.Tensor, batch: Batch, rows: torch.Tensor | None) -> torch.Tensor:
         """Attention and what follows it until the residual addition: (T, C) → (T, C), or (M, C) of `rows` alone."""
         cos, sin = self.tables
-        qkv_T3HD = self._project(x).unflatten(-1, (3, self.heads, -1))
+        qkv_T3HD = linear(x, weights.qkv, weights.qkv_bias).unflatten(-1, (3, self.heads, -1))
         dropout_p = self.attention_dropout if self.module.training else 0.0
         options = {"cos": cos, "sin": sin, "window": self.window, "dropout_p": dropout_p}
         attended = varlen_attention(qkv_T3HD, batch.cu_seqlens, batch.max_seqlen, **options).flatten(1)
-        return self.out_dropout(apply(self.out, only(attended, rows)))
+        return self.out_dropout(linear(only(attended, rows), weights.out, weights.out_bias))
 
-    def _project(self, x: torch.Tensor) -> torch.Tensor:
-        """(T, C) → (T, 3C). Three weights are put together for one product: that copies them, some microseconds, and
-        is less to launch than three products whose results are put together."""
-        if len(self.qkv) == 1:
-            return apply(self.qkv[0], x)
-        weight = torch.cat([part.weight for part in self.qkv])
-        bias = None if self.qkv[0].bias is None else torch.cat([part.bias for part in self.qkv])
-        return linear(x, weight, bias)
-
-    def feed_forward(self, x: torch.Tensor) -> torch.Tensor:
+    def feed_forward(self, weights: "Weights", x: torch.Tensor) -> torch.Tensor:
         """The feed-forward network until the residual addition, (T, C) → (T, C)."""
-        x = (activate_gated if self.gated else activate)(self.activation, apply(self.wide, x))
+        wide = linear(x, weights.wide, weights.wide_bias)
+        x = (activate_gated if self.gated else activate)(self.activation, wide)
         if self.inner_dropout is not None:
             x = self.inner_dropout(x)
-        return self.narrow_dropout(apply(self.narrow, x))
+        return self.narrow_dropout(linear(x, weights.narrow, weights.narrow_bias))
+
+
+class Weights(NamedTuple):
+    """Of one layer, in the dtype of activations; qkv (3C, C)."""
+
+    qkv: torch.Tensor
+    qkv_bias: torch.Tensor | None
+    out: torch.Tensor
+    out_bias: torch.Tensor | None
+    wide: torch.Tensor
+    wide_bias: torch.Tensor | None
+    narrow: torch.Tensor
+    narrow_bias: torch.Tensor | None
+
+
+def _joined(tensors: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    return (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).to(dtype)
+
+
+class _Together(torch.autograd.Function):
+    """(dtype, sizes, *parameters) → `_joined` of each group of so many parameters, all groups in one go, and so are
+    their gradients."""
+
+    @staticmethod
+    def forward(ctx, dtype, sizes, *parameters):
+        ctx.sizes, ctx.dtype = sizes, parameters[0].dtype
+        whole, views, first = [], [], 0
+        for size in sizes:
+            rows, *rest = parameters[first].shape
+            whole.append(parameters[first].new_empty(size * rows, *rest, dtype=dtype))
+            views += whole[-1].chunk(size)
+            first += size
+        torch._foreach_copy_(views, parameters)
+        return tuple(whole)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        parts = [part for grad, size in zip(grads, ctx.sizes, strict=True) for part in grad.chunk(size)]
+        wide = [part.new_empty(part.shape, dtype=ctx.dtype) for part in parts]
+        torch._foreach_copy_(wide, parts)
+        return None, None, *wide
 
 
 def expect_plain(kind: type[nn.Module], *modules: nn.Module) -> None:
@@ -96,8 +144,9 @@ def normalised(norm: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
 
 def post_norm(layer: Layer, batch: Batch, rows: torch.Tensor | None, x: torch.Tensor, residual: None):
     """x → norm(x + attention(x)), then the same with the feed-forward network, as BERT. `residual` stays None."""
-    x, _ = add_norm(layer.attention_norm, layer.attend(x, batch, rows), only(x, rows))
-    x, _ = add_norm(layer.mlp_norm, layer.feed_forward(x), x)
+    weights = layer.weights(x.dtype)
+    x, _ = add_norm(layer.attention_norm, layer.attend(weights, x, batch, rows), only(x, rows))
+    x, _ = add_norm(layer.mlp_norm, layer.feed_forward(weights, x), x)
     return x, residual
 
 
@@ -107,15 +156,15 @@ def pre_norm(layer: Layer, batch: Batch, rows: torch.Tensor | None, x: torch.Ten
     Takes and returns the last block's output and the stream that it has not been added to yet, so that each addition
     happens in the norm that follows it.
     """
-    norm = layer.attention_norm
+    norm, weights = layer.attention_norm, layer.weights(x.dtype)
     if residual is None:
         x, residual = (x if norm is None else normalised(norm, x)), x
     elif norm is None:
         x = residual = x + residual
     else:
         x, residual = add_norm(norm, x, residual)
-    x, residual = add_norm(layer.mlp_norm, layer.attend(x, batch, rows), only(residual, rows))
-    return layer.feed_forward(x), residual
+    x, residual = add_norm(layer.mlp_norm, layer.attend(weights, x, batch, rows), only(residual, rows))
+    return layer.feed_forward(weights, x), residual
 
 
 def run_layers(

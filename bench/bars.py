@@ -112,6 +112,9 @@ BARS = (
     _step("bert-base-ragged-16-128", SPEED, 2.3, "hf-compile"),
     Bar("finetune/train/cramfast-base-mnli", SPEED, 2.5, "hf-eager"),
     Bar("finetune/train/cramfast-base-sst2", SPEED, 2.5, "hf-eager"),
+    Bar("accelerate/train/bert-base-ragged-16-128", SPEED, 2.5, "hf-eager"),
+    Bar("accelerate/train/bert-base-ragged-16-128", MEMORY, 2.0, "hf-eager"),
+    Bar("accelerate/train/glue-mnli", SPEED, 1.8, "hf-eager"),
 )
 
 

@@ -24,8 +24,7 @@ from . import lengths
 from .peers import CRAMFAST, absence
 from .steps import Ordinary, Outcome, StepPeer, TorchStep, initial_bert
 
-_OUTPUTS = 3
-_BATCH_SIZE = 16
+OUTPUTS = 3
 _PROTOCOL = Protocol()
 # The protocol's AdamW, with the clipping that the Trainer has by default.
 _TRAINER = OptimizerOptions(lr=_PROTOCOL.lr, beta1=0.9, beta2=0.98, adam_eps=1e-6, weight_decay=0.0, clip=1.0)
@@ -33,30 +32,35 @@ _TRAINER = OptimizerOptions(lr=_PROTOCOL.lr, beta1=0.9, beta2=0.98, adam_eps=1e-
 
 @dataclass(frozen=True)
 class FinetuneWork:
-    """A pass over `steps` batches whose sequences are as long as `quantiles`, as of `bench.lengths`, say."""
+    """A pass over `steps` batches of `sequences` each, as long as `quantiles`, as of `bench.lengths`, say.
+
+    `build(config, dropout)`: Hugging Face's classifier, on the CPU, its weights always the same; None: `hf_classifier`.
+    """
 
     name: str
     config: ModelConfig
     quantiles: tuple[int, ...]
     steps: int = 32
+    sequences: int = 16
+    operator: str = "finetune"
+    build: Callable[[ModelConfig, float], nn.Module] | None = None
 
     @property
     def work(self) -> str:
-        return f"finetune/train/{self.name}"
+        return f"{self.operator}/train/{self.name}"
 
     @property
     def tokens(self) -> float:
         """Real tokens of a step, on average."""
         return int(self.counts().sum()) / self.steps
 
-    @property
-    def sequences(self) -> int:
-        """Of a step."""
-        return _BATCH_SIZE
+    def classifier(self, dropout: float) -> nn.Module:
+        """Hugging Face's, on the CPU."""
+        return (self.build or hf_classifier)(self.config, dropout)
 
     def counts(self) -> torch.Tensor:
         """Tokens of each sequence of the pass, int64, the same every time."""
-        sequences = self.steps * _BATCH_SIZE
+        sequences = self.steps * self.sequences
         return lengths.drawn(self.quantiles, sequences * _PROTOCOL.max_length)[:sequences]
 
     def flops(self) -> int:
@@ -69,7 +73,7 @@ class FinetuneWork:
         """Ordinary words by Zipf's law, with classes that say nothing about them; always the same."""
         counts = self.counts().numpy()
         ids = random_words(special_ids_of(self.config.vocab_size), int(counts.sum())).numpy().astype(np.int32)
-        labels = np.random.default_rng(0).integers(0, _OUTPUTS, len(counts))
+        labels = np.random.default_rng(0).integers(0, OUTPUTS, len(counts))
         return Examples(ids, np.zeros_like(ids), np.concatenate(([0], np.cumsum(counts))), labels)
 
 
@@ -90,7 +94,7 @@ class FinetuneTraining:
 
 def initial_classifier(config: ModelConfig, dropout: float) -> Classifier:
     """This project's classifier with the weights that every variant starts from, on the CPU."""
-    return Classifier(initial_bert(config), _OUTPUTS, _PROTOCOL.pooling, dropout)
+    return Classifier(initial_bert(config), OUTPUTS, _PROTOCOL.pooling, dropout)
 
 
 class OurPass:
@@ -103,8 +107,8 @@ class OurPass:
         self.step = FinetuneStep(model, protocol, training.dtype)
         length, filled = protocol.max_length, self.step.wants_few_shapes
         pad = special_ids_of(work.config.vocab_size).pad
-        maker = BatchMaker(work.examples(), _BATCH_SIZE, length, pad, filled)
-        made = map(maker.make, np.arange(work.steps * _BATCH_SIZE).reshape(work.steps, _BATCH_SIZE))
+        maker = BatchMaker(work.examples(), work.sequences, length, pad, filled)
+        made = map(maker.make, np.arange(work.steps * work.sequences).reshape(work.steps, work.sequences))
         self.batches = [batch.pin() if device.type == "cuda" else batch for batch in made]
 
     def __call__(self) -> Outcome:
@@ -116,7 +120,7 @@ class TrainerPass(TorchStep):
     """The same by Hugging Face's model; its batches were padded and brought to the device before."""
 
     def __init__(self, training: FinetuneTraining):
-        model = hf_classifier(training.work.config, training.dropout).to(training.device).train()
+        model = training.work.classifier(training.dropout).to(training.device).train()
         super().__init__(HF, model, _TRAINER, training.dtype)
         self.batches = padded_batches(training.work, training.device)
 
@@ -132,7 +136,7 @@ def hf_classifier(config: ModelConfig, dropout: float) -> nn.Module:
     ours = initial_classifier(config, dropout)
     dropouts = ("embedding_dropout", "attention_dropout", "mlp_dropout", "classifier_dropout")
     settings = write_config(config, special_ids_of(config.vocab_size)) | dict.fromkeys(dropouts, dropout)
-    settings |= {"num_labels": _OUTPUTS, "classifier_pooling": "mean"}
+    settings |= {"num_labels": OUTPUTS, "classifier_pooling": "mean"}
     model = ModernBertForSequenceClassification(ModernBertConfig.from_dict(settings))
     stored = write_weights(ours.encoder.state_dict(), config)
     encoder = {name.removeprefix("model."): w for name, w in stored.items() if name.startswith("model.")}
@@ -146,8 +150,8 @@ def hf_classifier(config: ModelConfig, dropout: float) -> nn.Module:
 def padded_batches(work: FinetuneWork, device: torch.device) -> list[dict[str, torch.Tensor]]:
     """Ids and the mask of the real tokens, int64 (B, S), and labels (B,) of every batch."""
     examples, batches = work.examples(), []
-    counts = work.counts().view(work.steps, _BATCH_SIZE).to(device)
-    labels = torch.from_numpy(examples.labels).view(work.steps, _BATCH_SIZE).to(device)
+    counts = work.counts().view(work.steps, work.sequences).to(device)
+    labels = torch.from_numpy(examples.labels).view(work.steps, work.sequences).to(device)
     ids = torch.from_numpy(examples.ids).to(device).long().split(counts.sum(1).tolist())
     for flat, lengths_B, labels_B in zip(ids, counts, labels, strict=True):
         real = torch.arange(int(lengths_B.max()), device=device) < lengths_B[:, None]
@@ -176,7 +180,7 @@ TRAINER = FinetunePeer("hf-eager", TrainerPass, modules=("transformers",))
 
 def expected_outcome(work: FinetuneWork, device: torch.device) -> tuple[float, float]:
     """Loss and gradient norm of the first batch in fp32 without dropout, by Hugging Face's model."""
-    model = hf_classifier(work.config, 0.0).to(device).train()
+    model = work.classifier(0.0).to(device).train()
     loss = HF.loss(model, padded_batches(work, device)[0])
     loss.backward()
     return loss.item(), nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()

@@ -21,24 +21,27 @@ MODERNBERT_BASE = ModelConfig(
 )
 
 
+def bert_settings(config: ModelConfig, dropout: float) -> dict[str, object]:
+    """Arguments of transformers' BertConfig for a model of this size."""
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "intermediate_size": config.intermediate_size,
+        "max_position_embeddings": config.max_positions,
+        "type_vocab_size": config.token_types,
+        "layer_norm_eps": config.norm_eps,
+        "hidden_dropout_prob": dropout,
+        "attention_probs_dropout_prob": dropout,
+    }
+
+
 def hf_bert(config: ModelConfig) -> nn.Module:
     """BertForMaskedLM with the weights that this project's model starts from."""
     from transformers import BertConfig, BertForMaskedLM
 
-    model = BertForMaskedLM(
-        BertConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            intermediate_size=config.intermediate_size,
-            max_position_embeddings=config.max_positions,
-            type_vocab_size=config.token_types,
-            layer_norm_eps=config.norm_eps,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-        )
-    )
+    model = BertForMaskedLM(BertConfig(**bert_settings(config, dropout=0.0)))
     weights = write_weights(initial_bert(config).state_dict(), config)
     # The decoder shares both of its parameters, under names of its own.
     weights["cls.predictions.decoder.weight"] = weights["bert.embeddings.word_embeddings.weight"]

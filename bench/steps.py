@@ -113,12 +113,13 @@ class StepWork:
     activations: Activations = "keep"
     microbatch: int | None = None
     memory: int | None = None
+    operator: str = "step"
     steps = 1
     """How many one call takes."""
 
     @property
     def work(self) -> str:
-        return f"step/train/{self.name}"
+        return f"{self.operator}/train/{self.name}"
 
     def counts(self) -> torch.Tensor:
         """Tokens of each sequence, int64 (B,), the same every time."""

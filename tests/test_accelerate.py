@@ -197,57 +197,40 @@ def test_pretraining_heads():
     torch.testing.assert_close(model(**given).loss, untouched(**given).loss, **TOLERANCE)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_the_kernels_err_at_most_twice_as_much(name, request):
-    """On a GPU in bf16, else interpreted in fp16: against fp64, at most twice the untouched model's error."""
-    request.getfixturevalue("triton_kernels")
-    device, dtype = ("cuda", torch.bfloat16) if NATIVE else ("cpu", torch.float16)
-    exact, model = made(name), made(name)
-    untouched = copy.deepcopy(model).to(device, dtype)
-    cramfast.accelerate(model.to(device, dtype))
-    given = batch_of(name)
-    exact(**given).loss.backward()
-    moved = {key: value.to(device) for key, value in given.items()}
+def assert_errs_at_most_twice_as_much(model, untouched, exact):
+    """In all gradients together, against those of `exact`."""
+    errors = []
     for each in (model, untouched):
-        each(**moved).loss.backward()
-    mine, theirs = (
-        torch.cat(
-            [
-                (p.grad.cpu().double() - e.grad).flatten()
-                for p, e in zip(each.parameters(), exact.parameters(), strict=True)
-            ]
-        )
-        for each in (model, untouched)
-    )
-    assert mine.norm() <= 2 * theirs.norm()
-
-
-@pytest.mark.skipif(not NATIVE, reason="needs a GPU")
-@pytest.mark.parametrize("name", SETTINGS)
-def test_under_autocast_on_a_gpu(name):
-    exact, model = made(name), made(name, dtype=torch.float32).cuda()
-    untouched = copy.deepcopy(model)
-    cramfast.accelerate(model)
-    given = batch_of(name)
-    expected = exact(**given).loss
-    moved = {key: value.cuda() for key, value in given.items()}
-    with torch.autocast("cuda", torch.bfloat16):
-        mine, theirs = model(**moved).loss, untouched(**moved).loss
-    mine.backward()
-    # One loss of a few tokens may be right by chance, also the untouched model's.
-    assert abs(mine.item() - expected) <= max(2 * abs(theirs.item() - expected), 2e-2)
-    assert all(p.grad.isfinite().all() for p in model.parameters())
+        pairs = zip(each.parameters(), exact.parameters(), strict=True)
+        errors.append(torch.cat([(p.grad.cpu().double() - e.grad).flatten() for p, e in pairs]).norm())
+    assert errors[0] <= 2 * errors[1]
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_under_autocast(name, reference):
-    model, untouched = both(made(name, dtype=torch.float32))
-    given = batch_of(name)
-    with torch.autocast("cpu", torch.bfloat16):
-        mine, theirs = model(**given).loss, untouched(**given).loss
-    mine.backward()
-    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
-    torch.testing.assert_close(mine.float(), theirs.float(), rtol=0.02, atol=0)
+def test_the_kernels_err_at_most_twice_as_much(name, triton_kernels):
+    """On a GPU in bf16, else interpreted in fp16."""
+    device, dtype = ("cuda", torch.bfloat16) if NATIVE else ("cpu", torch.float16)
+    exact, given = made(name), batch_of(name)
+    model, untouched = both(copy.deepcopy(exact).to(device, dtype))
+    exact(**given).loss.backward()
+    for each in (model, untouched):
+        each(**{key: value.to(device) for key, value in given.items()}).loss.backward()
+    assert_errs_at_most_twice_as_much(model, untouched, exact)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_under_autocast(name):
+    """On a GPU where there is one, by the kernels."""
+    device = "cuda" if NATIVE else "cpu"
+    exact, given = made(name), batch_of(name)
+    model, untouched = both(copy.deepcopy(exact).to(device, torch.float32))
+    exact(**given).loss.backward()
+    for each in (model, untouched):
+        with torch.autocast(device, torch.bfloat16):
+            loss = each(**{key: value.to(device) for key, value in given.items()}).loss
+        loss.backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+    assert_errs_at_most_twice_as_much(model, untouched, exact)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -382,14 +365,16 @@ def test_what_needs_the_models_own_forward_gets_it():
     given = batch_of("Bert", labels=False)
     ids, mask = given["input_ids"], given["attention_mask"]
     embedded = model.embeddings.word_embeddings(ids).detach()
-    for arguments, reason in (
+    cases = [
         ({"input_ids": ids, "output_hidden_states": True}, "output_hidden_states is given"),
         ({"inputs_embeds": embedded, "attention_mask": mask}, "inputs_embeds is given"),
         ({"input_ids": ids, "position_ids": torch.arange(PLACES).flip(0)[None]}, "position_ids is given"),
         ({"input_ids": ids, "attention_mask": mask.flip(1)}, "a sequence begins with padding"),
         ({"input_ids": ids, "attention_mask": mask * torch.tensor([[1], [1], [0], [1]])}, "a sequence has no token"),
-        ({"input_ids": ids, "attention_mask": mask[:, None, None].bool()}, r"attention_mask has shape \(4, 1, 1, 20\)"),
-    ):
+    ]
+    if not transformers.__version__.startswith("4."):  # which takes others
+        cases.append(({"input_ids": ids, "attention_mask": mask[:, None, None].bool()}, "attention_mask has shape"))
+    for arguments, reason in cases:
         with pytest.warns(UserWarning, match=f"^cramfast.accelerate: BertModel runs as before: {reason}"):
             output = model(**arguments)
         expected = untouched(**arguments)

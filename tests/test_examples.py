@@ -1,8 +1,9 @@
-"""The scripts of examples/, tiny and on whatever device there is."""
+"""The scripts of examples/, tiny and on whatever device there is, and what the README shows of models and layers."""
 
 import importlib
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,16 @@ _TINY = ["--layers", "2", "--hidden", "64", "--steps", "3", "--batch", "4", "--l
 @pytest.fixture(autouse=True)
 def folder(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+
+
+@pytest.mark.parametrize("section", ["A Hugging Face model on these kernels", "Fused layers in your own model"])
+def test_what_the_readme_shows(section, capsys):
+    pytest.importorskip("transformers")
+    text = (Path(__file__).parents[1] / "README.md").read_text().split(f"## {section}\n")[1].split("\n## ")[0]
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, names)
+    assert names["loss"].isfinite()
 
 
 @pytest.mark.parametrize("more", [[], ["--untouched"]])

@@ -22,7 +22,7 @@ _NAME = "cramfast.accelerate"
 # Their heads read places that are padding, or expect to see to the left alone.
 _REFUSED = ("ForQuestionAnswering", "ForCausalLM", "LMHeadModel")
 # Classes of these names look at each token on its own; others may look at the first place of a sequence.
-_BY_TOKEN = ("ForMaskedLM", "ForTokenClassification")
+_BY_TOKEN = ("ForMaskedLM", "ForTokenClassification", "ElectraForPreTraining")
 
 
 @dataclass(frozen=True)

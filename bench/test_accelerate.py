@@ -16,8 +16,17 @@ from .finetuning import FinetuneWork
 from .test_step import BERT_RAGGED
 
 PRETRAINING = replace(BERT_RAGGED, operator=OPERATOR)
+# A fresh BERT has nearly the same first token in all sequences, so that what bf16 does to it does not average out: it
+# moves the loss by 9e-4 and the norm by 3e-3. Without attention in one layer the norm is off by 7e-2, without the
+# pooler's tanh by 3e-1.
 FINETUNING = FinetuneWork(
-    "glue-mnli", PRESETS["bert-base"], lengths.MNLI_PAIRS, sequences=32, operator=OPERATOR, build=bert_classifier
+    "glue-mnli",
+    PRESETS["bert-base"],
+    lengths.MNLI_PAIRS,
+    sequences=32,
+    operator=OPERATOR,
+    build=bert_classifier,
+    tolerances=(3e-3, 1e-2),
 )
 
 

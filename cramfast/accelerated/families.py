@@ -15,6 +15,8 @@ from ..model import activation_dtype, rotary_tables
 from .batch import Batch
 from .encoder import Layer, activate, apply, expect_plain, normalised, post_norm, pre_norm
 
+_NO_DROPOUT = nn.Identity()
+
 
 @dataclass(frozen=True)
 class Head:
@@ -123,43 +125,49 @@ def _counted(base: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
 
 
 def _bert_layers(base: nn.Module, _longest: int) -> list[Layer]:
-    return [
-        Layer(
-            module=layer,
-            qkv=(layer.attention.self.query, layer.attention.self.key, layer.attention.self.value),
-            heads=layer.attention.self.num_attention_heads,
-            attention_dropout=layer.attention.self.dropout.p,
-            out=layer.attention.output.dense,
-            out_dropout=layer.attention.output.dropout,
-            attention_norm=layer.attention.output.LayerNorm,
-            wide=layer.intermediate.dense,
-            activation=layer.intermediate.intermediate_act_fn,
-            narrow=layer.output.dense,
-            narrow_dropout=layer.output.dropout,
-            mlp_norm=layer.output.LayerNorm,
-        )
-        for layer in base.encoder.layer
-    ]
+    return [_bert_layer(layer) for layer in base.encoder.layer]
+
+
+def _bert_layer(layer: nn.Module) -> Layer:
+    # Looking a module up takes a microsecond, on every call: once each.
+    attention, narrow = layer.attention, layer.output
+    inner, out, wide = attention.self, attention.output, layer.intermediate
+    return Layer(
+        module=layer,
+        qkv=(inner.query, inner.key, inner.value),
+        heads=inner.num_attention_heads,
+        attention_dropout=inner.dropout.p,
+        out=out.dense,
+        out_dropout=out.dropout,
+        attention_norm=out.LayerNorm,
+        wide=wide.dense,
+        activation=wide.intermediate_act_fn,
+        narrow=narrow.dense,
+        narrow_dropout=narrow.dropout,
+        mlp_norm=narrow.LayerNorm,
+    )
 
 
 def _distilbert_layers(base: nn.Module, _longest: int) -> list[Layer]:
-    return [
-        Layer(
-            module=layer,
-            qkv=(layer.attention.q_lin, layer.attention.k_lin, layer.attention.v_lin),
-            heads=layer.attention.n_heads,
-            attention_dropout=layer.attention.dropout.p,
-            out=layer.attention.out_lin,
-            out_dropout=nn.Identity(),
-            attention_norm=layer.sa_layer_norm,
-            wide=layer.ffn.lin1,
-            activation=layer.ffn.activation,
-            narrow=layer.ffn.lin2,
-            narrow_dropout=layer.ffn.dropout,
-            mlp_norm=layer.output_layer_norm,
-        )
-        for layer in base.transformer.layer
-    ]
+    return [_distilbert_layer(layer) for layer in base.transformer.layer]
+
+
+def _distilbert_layer(layer: nn.Module) -> Layer:
+    attention, mlp = layer.attention, layer.ffn
+    return Layer(
+        module=layer,
+        qkv=(attention.q_lin, attention.k_lin, attention.v_lin),
+        heads=attention.n_heads,
+        attention_dropout=attention.dropout.p,
+        out=attention.out_lin,
+        out_dropout=_NO_DROPOUT,
+        attention_norm=layer.sa_layer_norm,
+        wide=mlp.lin1,
+        activation=mlp.activation,
+        narrow=mlp.lin2,
+        narrow_dropout=mlp.dropout,
+        mlp_norm=layer.output_layer_norm,
+    )
 
 
 def _modernbert_layers(base: nn.Module, longest: int) -> list[Layer]:
@@ -168,26 +176,31 @@ def _modernbert_layers(base: nn.Module, longest: int) -> list[Layer]:
     local, thetas = _local_layers(config), _thetas(config)
     tables = {kind: rotary_tables(longest, size, thetas[kind], device) for kind in {*local}}
     return [
-        Layer(
-            module=layer,
-            qkv=(layer.attn.Wqkv,),
-            heads=config.num_attention_heads,
-            attention_dropout=layer.attn.attention_dropout,
-            out=layer.attn.Wo,
-            out_dropout=layer.attn.out_drop,
-            attention_norm=None if isinstance(layer.attn_norm, nn.Identity) else layer.attn_norm,
-            wide=layer.mlp.Wi,
-            activation=layer.mlp.act,
-            gated=True,
-            inner_dropout=layer.mlp.drop,
-            narrow=layer.mlp.Wo,
-            narrow_dropout=nn.Identity(),
-            mlp_norm=layer.mlp_norm,
-            window=config.local_attention // 2 if is_local else None,
-            tables=tables[is_local],
-        )
+        _modernbert_layer(layer, config, is_local, tables[is_local])
         for layer, is_local in zip(base.layers, local, strict=True)
     ]
+
+
+def _modernbert_layer(layer: nn.Module, config, is_local: bool, tables: tuple[torch.Tensor, torch.Tensor]) -> Layer:
+    attention, mlp, norm = layer.attn, layer.mlp, layer.attn_norm
+    return Layer(
+        module=layer,
+        qkv=(attention.Wqkv,),
+        heads=config.num_attention_heads,
+        attention_dropout=attention.attention_dropout,
+        out=attention.Wo,
+        out_dropout=attention.out_drop,
+        attention_norm=None if isinstance(norm, nn.Identity) else norm,
+        wide=mlp.Wi,
+        activation=mlp.act,
+        narrow=mlp.Wo,
+        narrow_dropout=_NO_DROPOUT,
+        mlp_norm=layer.mlp_norm,
+        gated=True,
+        inner_dropout=mlp.drop,
+        window=config.local_attention // 2 if is_local else None,
+        tables=tables,
+    )
 
 
 def _local_layers(config) -> list[bool]:

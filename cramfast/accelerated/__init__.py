@@ -65,7 +65,8 @@ def accelerate(model: nn.Module, logits: bool | None = None) -> Accelerated:
     it was made with, such as an adapter.
     """
     base, family = _supported(model)
-    name = type(model).__name__
+    # Of a class that is not transformers' own nobody knows what its forward does.
+    name = type(model).__name__ if _is_stock(model) else ""
     predicts = name.endswith("ForMaskedLM")
     by_token = name.endswith(_BY_TOKEN) or (model is base and getattr(base, "pooler", None) is None)
     swapped, left = _summary(model, base, family, predicts)
@@ -79,7 +80,8 @@ def _supported(model: nn.Module) -> tuple[nn.Module, Family]:
     """The base model and its family. Raises ValueError for what is not supported."""
     name, base = type(model).__name__, getattr(model, "base_model", None)
     family = FAMILIES.get(type(base).__name__)
-    if family is None or not type(base).__module__.startswith("transformers."):
+    # What torch.compile wraps a model in passes its attributes on.
+    if family is None or not _is_stock(base) or name == "OptimizedModule":
         raise ValueError(f"{_NAME}: {name} is not supported; expected a model around one of {', '.join(FAMILIES)}")
     if name.endswith(_REFUSED):
         raise ValueError(f"{_NAME}: {name} is not supported; its head needs the places that are padding, or a mask")
@@ -93,6 +95,10 @@ def _supported(model: nn.Module) -> tuple[nn.Module, Family]:
         if "forward" in module.__dict__:
             raise ValueError(f"{_NAME}: forward of this {type(module).__name__} is replaced already")
     return base, family
+
+
+def _is_stock(model: nn.Module) -> bool:
+    return type(model).__module__.startswith("transformers.")
 
 
 def _expect_version() -> None:

@@ -98,6 +98,10 @@ def _joined(tensors: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     return (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).to(dtype)
 
 
+def _parts(whole: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+    return whole.chunk(count) if count > 1 else (whole,)
+
+
 class _Together(torch.autograd.Function):
     """(dtype, sizes, *parameters) → `_joined` of each group of so many parameters, all groups in one go, and so are
     their gradients."""
@@ -109,14 +113,14 @@ class _Together(torch.autograd.Function):
         for size in sizes:
             rows, *rest = parameters[first].shape
             whole.append(parameters[first].new_empty(size * rows, *rest, dtype=dtype))
-            views += whole[-1].chunk(size)
+            views += _parts(whole[-1], size)
             first += size
         torch._foreach_copy_(views, parameters)
         return tuple(whole)
 
     @staticmethod
     def backward(ctx, *grads):
-        parts = [part for grad, size in zip(grads, ctx.sizes, strict=True) for part in grad.chunk(size)]
+        parts = [part for grad, size in zip(grads, ctx.sizes, strict=True) for part in _parts(grad, size)]
         wide = [part.new_empty(part.shape, dtype=ctx.dtype) for part in parts]
         torch._foreach_copy_(wide, parts)
         return None, None, *wide

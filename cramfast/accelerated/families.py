@@ -56,15 +56,16 @@ class Family:
 
     def longest(self, base: nn.Module) -> int | None:
         """Places that a sequence can have; None for any number."""
-        return (
-            None if self.positions is None else base.embeddings.position_embeddings.num_embeddings - self.offset(base)
-        )
+        if self.positions is None:
+            return None
+        return base.embeddings.position_embeddings.num_embeddings - self.offset(base)
 
     def embed(self, base: nn.Module, batch: Batch) -> torch.Tensor:
-        """Embedded tokens (T, C) in the dtype of activations."""
+        """Embedded tokens (T, C) in the dtype of activations. Raises ValueError as `Layer` does."""
         embeddings = base.embeddings
         tokens = embeddings.tok_embeddings if self.relative else embeddings.word_embeddings
         norm = embeddings.norm if self.relative else embeddings.LayerNorm
+        expect_plain(nn.LayerNorm, norm)
         position_ids, position_weight = _positions(embeddings, batch)
         embedded = embed(
             batch.input_ids,
@@ -109,6 +110,7 @@ class _ZeroRowGradient(torch.autograd.Function):
 
 
 def _table(embedding: nn.Embedding) -> torch.Tensor:
+    expect_plain(nn.Embedding, embedding)
     weight, row = embedding.weight, embedding.padding_idx
     return weight if row is None or not weight.requires_grad else _ZeroRowGradient.apply(weight, row)
 

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from cramfast.config import ModelConfig
-from cramfast.hugging_face import write_weights
+from cramfast.data.random_words import special_ids_of
+from cramfast.hugging_face import write_config, write_weights
 
 from .steps import INITIAL_SEED, MaskedBatch, Ordinary, initial_bert
 
@@ -23,18 +24,8 @@ MODERNBERT_BASE = ModelConfig(
 
 def bert_settings(config: ModelConfig, dropout: float) -> dict[str, object]:
     """Arguments of transformers' BertConfig for a model of this size."""
-    return {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "intermediate_size": config.intermediate_size,
-        "max_position_embeddings": config.max_positions,
-        "type_vocab_size": config.token_types,
-        "layer_norm_eps": config.norm_eps,
-        "hidden_dropout_prob": dropout,
-        "attention_probs_dropout_prob": dropout,
-    }
+    settings = write_config(config, special_ids_of(config.vocab_size))
+    return settings | {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
 
 
 def hf_bert(config: ModelConfig) -> nn.Module:

@@ -28,6 +28,7 @@ from .operator import Operator, define
 from .rows import (
     MAX_WIDTH,
     ROW_REGISTERS,
+    RowTiling,
     add_rows,
     fold_rows,
     load_gradient,
@@ -294,11 +295,16 @@ def forward_launch(hidden, itemsize, pointers) -> Launch:
     return Launch(_embed_kernel, pointers, ("i64", "i64", "i64", "fp32"), tiling.constants, tiling.num_warps)
 
 
+def _walk_tiling(hidden: int, itemsize: int) -> RowTiling:
+    """That of the walk, which keeps more of a row in registers than other kernels."""
+    return row_tiling(hidden, itemsize, row_in_lane=48)
+
+
 @functools.lru_cache
 def backward_launch(hidden, itemsize, pointers, add=False) -> Launch:
     """The walk over sorted tokens, for output gradients of `itemsize` bytes; pointers: the dtypes of its tensors; add:
     to the gradient that is there."""
-    tiling = row_tiling(hidden, itemsize)
+    tiling = _walk_tiling(hidden, itemsize)
     constants = tiling.constants | {"CHUNK": _CHUNK, "SHARE": _SHARE, "ADD": add}
     return Launch(_embed_backward_kernel, pointers, ("i64",) * 3, constants, tiling.num_warps, ROW_REGISTERS)
 
@@ -354,7 +360,7 @@ def _backward(
     """(dweight, dnorm_weight, dnorm_bias, dposition_weight, dposition_scale), None where there is no such parameter, as
     position_weight is none with a scale. dweight is added to `collected`, where given, and returned as that."""
     hidden, chunks = int(weight.shape[1]), ceil_div(input_ids.shape[0], _CHUNK)
-    shares = ceil_div(chunks, row_tiling(hidden, dy.dtype.itemsize).rows) * (_CHUNK // _SHARE)
+    shares = ceil_div(chunks, _walk_tiling(hidden, dy.dtype.itemsize).rows) * (_CHUNK // _SHARE)
     shape = (1 if norm_bias is None else 2, shares, hidden)
     partial = torch.empty(shape, dtype=torch.float32, device=dy.device)
     dscale = None if position_scale is None else torch.empty(chunks, dtype=torch.float32, device=dy.device)

@@ -36,13 +36,16 @@ class RowTiling:
         return {"C": self.hidden, "TILE": self.tile, "TILES": self.tiles, "ROWS": self.rows}
 
 
-def row_tiling(hidden: int, itemsize: int, num_warps: int = 1, bytes_in_lane: int = 0) -> RowTiling:
+def row_tiling(
+    hidden: int, itemsize: int, num_warps: int = 1, bytes_in_lane: int = 0, row_in_lane: int = _ROW_IN_LANE
+) -> RowTiling:
     """The tiling for rows of `hidden` elements of `itemsize` bytes.
 
     A program has `num_warps` warps, more where one row needs more, and takes as many rows as they load at once: or
-    twice, four times, ... as many, as long as a lane then holds no more than `bytes_in_lane`.
+    twice, four times, ... as many, as long as a lane then holds no more than `bytes_in_lane`. A row has so many warps
+    that a lane holds no more than `row_in_lane` bytes of it.
     """
-    warps_per_row = triton.next_power_of_2(triton.cdiv(hidden * itemsize, _LANES * _ROW_IN_LANE))
+    warps_per_row = triton.next_power_of_2(triton.cdiv(hidden * itemsize, _LANES * row_in_lane))
     num_warps = max(num_warps, warps_per_row)
     tile = min(_LANES * _VECTOR // itemsize * warps_per_row, triton.next_power_of_2(hidden))
     tiles = triton.cdiv(hidden, tile)

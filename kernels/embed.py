@@ -320,15 +320,15 @@ def join_launch(hidden, key_dtype, table_dtype, add=False) -> Launch:
 @catalogue
 def _launches(dtype, _capability):
     index, wide = torch.int64, torch.float32
-    for hidden in (768, 1024):
-        for position, scale in ((None, None), (index, None), (index, wide)):
-            tables = (index, wide, position, position and wide, scale, wide, wide)
-            yield forward_launch(hidden, dtype.itemsize, (*tables, dtype, wide))
-            sorted_by_token = (dtype, torch.int16, index, None, *tables[1:], wide, wide, wide, wide, scale)
-            yield from (backward_launch(hidden, dtype.itemsize, sorted_by_token, add) for add in (False, True))
-        tables = (index, wide, None, wide, None, wide, wide)
-        sorted_by_position = (dtype, torch.int16, index, *tables, wide, wide, wide, None, None)
-        yield backward_launch(hidden, dtype.itemsize, sorted_by_position)
+    for hidden, position, scale in ((768, None, None), (768, index, None), (768, index, wide), (1024, index, None)):
+        tables = (index, wide, position, position and wide, scale, wide, wide)
+        yield forward_launch(hidden, dtype.itemsize, (*tables, dtype, wide))
+        sorted_by_token = (dtype, torch.int16, index, None, *tables[1:], wide, wide, wide, wide, scale)
+        yield from (backward_launch(hidden, dtype.itemsize, sorted_by_token, add) for add in (False, True))
+        if position is not None and scale is None:
+            tables = (index, wide, None, wide, None, wide, wide)
+            sorted_by_position = (dtype, torch.int16, index, *tables, wide, wide, wide, None, None)
+            yield backward_launch(hidden, dtype.itemsize, sorted_by_position)
     yield from (join_launch(768, torch.int16, wide, add) for add in (False, True))
 
 

@@ -109,6 +109,15 @@ def test_a_checkpoint_brings_back_every_bit(tmp_path):
     assert state_again == STATE
 
 
+@pytest.mark.skipif(os.name != "posix", reason="permissions of files are posix's")
+def test_who_may_read_a_folder_may_read_its_files(tmp_path):
+    model, optimizer = trained(1)
+    target = save_checkpoint(tmp_path, 1, model, optimizer.tensors(), {}, keep=1)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in target.iterdir()}
+    assert len(modes) == 4
+    assert set(modes.values()) == {target.stat().st_mode & 0o666}
+
+
 def test_what_is_loaded_stays_where_it_was(tmp_path):
     path = save(tmp_path, 3)
     model, optimizer = make_model(seed=1)

@@ -32,6 +32,7 @@ def folder_aside(target: Path) -> Iterator[Path]:
     try:
         yield aside
         for path in aside.iterdir():
+            path.chmod(aside.stat().st_mode & 0o666)  # safetensors keeps its files from all but their owner
             _sync(path)
         shutil.rmtree(target, ignore_errors=True)
         aside.rename(target)

@@ -55,6 +55,11 @@ class ModelConfig:
     def head_size(self) -> int:
         return self.hidden_size // self.num_heads
 
+    @property
+    def wide_size(self) -> int:
+        """Width of the feed-forward network before its activation, which of GEGLU takes two halves."""
+        return self.intermediate_size * (2 if self.activation == "geglu" else 1)
+
     def is_local(self, layer: int) -> bool:
         """Whether layer `layer`, counted from 0, sees a window alone."""
         return self.window is not None and layer % self.global_every != 0
@@ -63,8 +68,8 @@ class ModelConfig:
         """Floating-point operations of forward + backward for one token, by definition: 6 per weight of every matrix
         product, nothing for elementwise work. predicted: share of tokens that reach the vocabulary; mean_attended:
         average number of tokens that a token attends to."""
-        C, inputs = self.hidden_size, 2 if self.activation == "geglu" else 1
-        layer = 4 * C * C + (inputs + 1) * C * self.intermediate_size
+        C = self.hidden_size
+        layer = 4 * C * C + C * (self.wide_size + self.intermediate_size)
         head = C * self.vocab_size + (C * C if self.head_transform else 0)
         return 6 * (self.num_layers * (layer + 2 * C * mean_attended) + predicted * head)
 

@@ -89,11 +89,9 @@ class FeedForward(nn.Sequential):
     """(T, C) → (T, I) or, for GEGLU, (T, 2I) → activation → (T, C)."""
 
     def __init__(self, config: ModelConfig):
-        gated = config.activation == "geglu"
-        width = config.intermediate_size * (2 if gated else 1)
         super().__init__(
-            FusedLinear(config.hidden_size, width, config.linear_bias),
-            FusedGEGLU() if gated else FusedGELU(),
+            FusedLinear(config.hidden_size, config.wide_size, config.linear_bias),
+            FusedGEGLU() if config.activation == "geglu" else FusedGELU(),
             FusedLinear(config.intermediate_size, config.hidden_size, config.linear_bias),
         )
 

@@ -25,7 +25,7 @@ class Encoder:
     def open(cls, options: FinetuneOptions) -> "Encoder":
         """Raises UserError for a checkpoint or tokenizer that is missing, damaged or does not fit."""
         pretrained = open_pretrained(options.checkpoint)
-        tokenizer = _tokenizer(options)
+        tokenizer = _tokenizer(options, pretrained)
         entries, config = tokenizer.get_vocab_size(), pretrained.config
         if entries > config.vocab_size:
             rows = config.vocab_size
@@ -48,10 +48,10 @@ class Encoder:
         }
 
 
-def _tokenizer(options: FinetuneOptions) -> Tokenizer:
+def _tokenizer(options: FinetuneOptions, pretrained: Pretrained) -> Tokenizer:
     if options.tokenizer is not None:
         return open_tokenizer(options.tokenizer)
     try:
-        return load_tokenizer(options.checkpoint)
+        return load_tokenizer(pretrained.folder)
     except UserError as error:
         raise UserError(f"{error}; give --tokenizer FILE") from error

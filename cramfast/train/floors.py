@@ -105,8 +105,8 @@ def _update(sizes: StepSizes) -> Work:
 
 def _products(config: ModelConfig, T: int, M: int, rows: int) -> int:
     """Weights times the rows that they meet."""
-    C, inputs = config.hidden_size, 2 if config.activation == "geglu" else 1
-    second_half = C * C + (inputs + 1) * C * config.intermediate_size
+    C = config.hidden_size
+    second_half = C * C + C * (config.wide_size + config.intermediate_size)
     head = C * config.vocab_size + (C * C if config.head_transform else 0)
     return config.num_layers * T * 3 * C * C + rows * second_half + M * head
 

@@ -222,13 +222,13 @@ def _evaluation_bytes(config: ModelConfig, item: int) -> int:
     to."""
     _, matrices = parameter_counts(config)
     around = (8 if config.norm == "pre" else 4) * config.hidden_size
-    network = config.intermediate_size * (3 if config.activation == "geglu" else 2)
+    network = config.wide_size + config.intermediate_size
     return item * (matrices + BATCH_TOKENS * (around + network))
 
 
 def parameter_counts(config: ModelConfig) -> tuple[int, int]:
     """Elements of all parameters of a `Bert`, and of the matrices among them."""
-    hidden, wide = config.hidden_size, config.intermediate_size * (2 if config.activation == "geglu" else 1)
+    hidden, wide = config.hidden_size, config.wide_size
     tables = config.vocab_size + config.token_types
     tables += config.max_positions if config.positions == "learned" else 0
     layer = 4 * hidden * hidden + hidden * (wide + config.intermediate_size)

@@ -65,14 +65,11 @@ def _write_model(folder: Path, model: Bert) -> None:
     (folder / "config.json").write_text(json.dumps({"cramfast": asdict(model.config)}, indent=1) + "\n")
 
 
-def load_model(path: str | Path) -> Bert:
-    """The model in a folder of a run (its `final`, else its newest checkpoint), a checkpoint, or `final`.
+def load_model(folder: Path) -> Bert:
+    """The model in a checkpoint or a `final`.
 
     Raises UserError when there is none, or when weights are missing, unknown or of the wrong shape.
     """
-    folder = model_folder(Path(path))
-    if folder is None:
-        raise UserError(f"{path}: holds no cramfast model (no model.safetensors, final/ or checkpoint-STEP/)")
     settings = read_json(folder / "config.json").get("cramfast")
     if settings is None:
         raise UserError(f"{folder / 'config.json'}: not a cramfast model's")
@@ -85,11 +82,9 @@ def load_model(path: str | Path) -> Bert:
     return model.eval()
 
 
-def model_folder(path: Path) -> Path | None:
-    """Where the model of a run is: its `final`, else its newest checkpoint. `path` itself where that holds a model."""
-    if (path / "model.safetensors").is_file():
-        return path
-    return path / "final" if (path / "final").is_dir() else latest_checkpoint(path)
+def model_folder(run: Path) -> Path | None:
+    """Where the model of a run is: its `final`, else its newest checkpoint."""
+    return run / "final" if (run / "final").is_dir() else latest_checkpoint(run)
 
 
 def _load_weights(model: Bert, folder: Path) -> None:

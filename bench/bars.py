@@ -11,6 +11,7 @@ SPEED = "speed"
 HOST = "host time"
 EXTRA = "memory beside the results"
 MEMORY = "less memory"
+TIME = "time"
 _COMPARED = {SPEED: "seconds", HOST: "host_seconds", MEMORY: "peak_mib"}
 
 
@@ -26,8 +27,8 @@ class Bar:
     `suffix` picks cases by the end of their name: None any, "" those without one. SPEED compares GPU seconds, HOST
     host seconds with those of `against`, whose case ends in `against_suffix` where that differs; MEMORY is how many
     times this project's peak goes into that of `against`. EXTRA is how many times the memory that a call takes, its
-    results aside, goes into `mib`. Against BEST, the fastest peer that was measured counts, and the verdict names those
-    of `among` that were not.
+    results aside, goes into `limit` MiB, TIME how many times its time goes into `limit` seconds. Against BEST, the
+    fastest peer that was measured counts, and the verdict names those of `among` that were not.
     """
 
     work: str
@@ -37,7 +38,7 @@ class Bar:
     suffix: str | None = None
     against_suffix: str | None = None
     among: tuple[str, ...] = ()
-    mib: float = 0.0
+    limit: float = 0.0
 
     def applies(self, record: Record) -> bool:
         if record.who != OURS or self.work not in (record.work, f"{record.operator}/{record.direction}"):
@@ -99,9 +100,9 @@ BARS = (
     _rotary("all-128"),
     _rotary("ragged-16-128"),
     Bar("mlm_loss/fwd+bwd", SPEED, 1.1, "torch-compile", suffix=""),
-    Bar("mlm_loss/fwd+bwd", EXTRA, 1.0, suffix="", mib=300),
+    Bar("mlm_loss/fwd+bwd", EXTRA, 1.0, suffix="", limit=300),
     Bar("mlm_loss/fwd+bwd", SPEED, 1.2, "liger", suffix="-low", against_suffix=""),
-    Bar("mlm_loss/fwd+bwd", EXTRA, 1.0, suffix="-low", mib=64),
+    Bar("mlm_loss/fwd+bwd", EXTRA, 1.0, suffix="-low", limit=64),
     _step("crammed-bert-512x128", SPEED, 1.22, "plain-compile"),
     _step("crammed-bert-512x128", SPEED, 1.25, "cramming-original"),
     _step("crammed-bert-512x128", MATMUL, 0.60),
@@ -110,6 +111,8 @@ BARS = (
     _step("crammed-bert-128x128", SPEED, 1.35, "plain-compile"),
     _step("bert-base-ragged-16-128", SPEED, 3.5, "hf-eager"),
     _step("bert-base-ragged-16-128", SPEED, 2.3, "hf-compile"),
+    Bar("startup/cold", TIME, 1.0, limit=20.0),
+    Bar("startup/warm", TIME, 1.0, limit=5.0),
     Bar("finetune/train/cramfast-base-mnli", SPEED, 2.5, "hf-eager"),
     Bar("finetune/train/cramfast-base-sst2", SPEED, 2.5, "hf-eager"),
     Bar("accelerate/train/bert-base-ragged-16-128", SPEED, 2.5, "hf-eager"),
@@ -172,6 +175,8 @@ def _verdict(device: Device, bar: Bar, record: Record) -> Verdict:
         return replace(verdict, measured=device.matmul_share(record))
     if bar.measure == EXTRA:
         return replace(verdict, measured=_memory_left(bar, record))
+    if bar.measure == TIME:
+        return replace(verdict, measured=bar.limit / record.seconds)
     other = _other(device, bar, record)
     if other is None:
         return verdict
@@ -200,7 +205,7 @@ def _ratio(bar: Bar, record: Record, other: Record) -> float | None:
 def _memory_left(bar: Bar, record: Record) -> float | None:
     if record.peak_mib is None or record.results_mib is None:
         return None
-    return bar.mib / max(record.peak_mib - record.results_mib, 1.0)
+    return bar.limit / max(record.peak_mib - record.results_mib, 1.0)
 
 
 def _value(bar: Bar, value: float) -> str:

@@ -15,6 +15,7 @@ from .cases import Sizes, fit
 from .measure import Refused, measure
 from .measure_finetune import measure_finetune
 from .measure_step import measure_step
+from .startup import Starter, measure_startup
 
 _HERE = Path(__file__).parent
 # Host time is taken on these: many calls in the queue, next to no work for the GPU.
@@ -128,6 +129,24 @@ def finetune_measured(benchmark, machine, request):
 
     yield run
     machine.release()
+
+
+@pytest.fixture(scope="session")
+def startup_folder(tmp_path_factory) -> Path:
+    """Where tokens and compiled kernels are kept from one start to the next."""
+    return tmp_path_factory.mktemp("startup")
+
+
+@pytest.fixture
+def startup_measured(benchmark, machine, request, startup_folder):
+    """`startup_measured(work)` measures how long a run takes to its first update."""
+
+    def run(work):
+        dtype = pick_dtype(machine.device, request.config.option.dtype)
+        starter = Starter(work.preset, startup_folder / work.preset, ("--dtype", str(dtype).removeprefix("torch.")))
+        measure_startup(benchmark, work, dtype, machine.device, starter)
+
+    return run
 
 
 def pytest_sessionfinish(session):

@@ -14,6 +14,8 @@ from pathlib import Path
 
 GLUE = "glue.json"
 """The file of a device's folder that `bench.glue` writes."""
+LIMITS, STARTUP = "limits", "startup"
+"""Modules whose numbers stand for themselves, and are not compared with anybody's."""
 # What tells nothing about whose machine it was.
 _MACHINE = ("machine", "system", "python_implementation", "python_version")
 _CPU = ("arch", "brand_raw", "count")
@@ -141,6 +143,10 @@ class Module:
     def is_of_steps(self) -> bool:
         """Whether training steps were measured, of which tokens a second are told."""
         return all(record.tokens_per_s is not None for record in self.records)
+
+    @property
+    def has_plot(self) -> bool:
+        return self.name not in (LIMITS, STARTUP)
 
     @classmethod
     def from_json(cls, name: str, content: dict) -> "Module":

@@ -58,7 +58,7 @@ def report(options: ReportOptions) -> int:
     options.readme.write_text(fill(options.readme.read_text(), devices, plot_folder(options.results, options.readme)))
     for device in devices:
         for name, module in device.modules.items():
-            if name != "limits":
+            if module.has_plot:
                 plots.draw(device, module, options.results / device.folder / f"{name}.png")
     print(f"{options.readme.name} and plots written from {sum(len(d.modules) for d in devices)} results files")
     return 0

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 
 from .cases import BOTH, FORWARD
-from .ledger import Device, Module, Record
+from .ledger import LIMITS, STARTUP, Device, Module, Record
 
 OURS = "cramfast"
 # In the place of a who's name: the fastest that was measured besides this project.
@@ -16,7 +16,6 @@ _CARD_HEAD = ("memory", "microbatch", "activations", "tokens/s", "of all", "MFU"
 # The end of a case on the memory of a smaller card.
 _CARD = re.compile(r"-(\d+)gb$")
 _REGRESSION = 1.05
-_LIMITS = "limits"
 
 
 def run_table(device: Device, ran: set[tuple[str, str, str]]) -> list[str]:
@@ -51,20 +50,27 @@ def module_tables(name: str, devices: list[Device], plot_folder: str) -> str:
     for device in devices:
         if module := device.modules.get(name):
             parts += [*_tables(device, module), _environment(module.environment)]
-            if name != _LIMITS:
+            if module.has_plot:
                 parts.append(f"![{name} on {module.environment['device']}]({plot_folder}/{device.folder}/{name}.png)")
     return "\n\n".join(parts) or "Nothing measured yet."
 
 
 def _tables(device: Device, module: Module) -> list[str]:
-    if module.name == _LIMITS:
+    if module.name == LIMITS:
         return [_limits_table(module)]
+    if module.name == STARTUP:
+        return [_startup_table(module)]
     return _step_tables(device, module) if module.is_of_steps else _operator_tables(device, module)
 
 
 def _limits_table(module: Module) -> str:
     rows = [(r.operator, r.case, r.dtype, rate(r)) for r in sorted(module.records, key=by_work)]
     return markdown(("limit", "size", "dtype", "rate"), rows)
+
+
+def _startup_table(module: Module) -> str:
+    rows = [(r.case, r.dtype, r.direction, f"{r.seconds:.1f}") for r in sorted(module.records, key=by_work)]
+    return markdown(("model", "dtype", "compiled kernels", "seconds"), rows)
 
 
 def _operator_tables(device: Device, module: Module) -> list[str]:

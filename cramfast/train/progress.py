@@ -12,6 +12,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 # Without a terminal a line is printed this often instead of a bar.
 _PLAIN_SECONDS = 10.0
+METRICS = "metrics.jsonl"
+"""The file of a run with a line for every record."""
 
 
 class Display:
@@ -108,11 +110,11 @@ class Metrics:
 
         ended: `from_step` is the last, whose held-out loss, measured after its checkpoint, is dropped as well.
         """
-        self.path = run / "metrics.jsonl"
+        self.path = run / METRICS
         kept = [record for record in read_metrics(self.path) if record["step"] <= from_step]
         if ended:
             kept = [record for record in kept if record["step"] < from_step or "heldout_loss" not in record]
-        aside = self.path.with_name(".metrics.jsonl.partial")
+        aside = self.path.with_name(f".{METRICS}.partial")
         aside.write_text("".join(json.dumps(record) + "\n" for record in kept))
         aside.replace(self.path)
         self._file = open(self.path, "a")  # noqa: SIM115 - open for the life of the run
@@ -161,7 +163,7 @@ def plot_loss(run: Path, unigram_entropy: float) -> None:
     from matplotlib import pyplot
     from matplotlib.ticker import EngFormatter
 
-    records = read_metrics(run / "metrics.jsonl")
+    records = read_metrics(run / METRICS)
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
     for field, style in (
         ("loss", {"linewidth": 1, "color": "tab:blue", "alpha": 0.7, "label": "training"}),

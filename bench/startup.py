@@ -48,7 +48,9 @@ class Starter:
         places = ("--cache", str(folder / "tokens"), "--out", str(folder / "run"))
         self.command = [sys.executable, "-m", "cramfast.pretrain", *settings, *places, *arguments]
         paths = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
-        self.environment = os.environ | {"TRITON_CACHE_DIR": str(self.compiled), "PYTHONPATH": paths}
+        # As pip leaves packages: compiled to bytecode, which a container's image may have neither done nor allowed.
+        bytecode = {"PYTHONPYCACHEPREFIX": str(folder / "bytecode"), "PYTHONDONTWRITEBYTECODE": ""}
+        self.environment = os.environ | bytecode | {"TRITON_CACHE_DIR": str(self.compiled), "PYTHONPATH": paths}
 
     def forget_kernels(self) -> None:
         shutil.rmtree(self.compiled, ignore_errors=True)

@@ -15,7 +15,7 @@ if __name__ == "cramfast.kernels":
     from .dispatch import OPERATORS, choose
     from .embed import embed, embed_reference
     from .gelu import geglu, geglu_reference, gelu, gelu_reference
-    from .launch import Launch, every_launch
+    from .launch import Launch, compiling_ahead, every_launch
     from .layer_norm import add_layer_norm, add_layer_norm_reference, layer_norm, layer_norm_reference
     from .linear import add_layer_norm_linear, geglu_linear, linear
     from .long_attention import choose_long
@@ -41,6 +41,7 @@ if __name__ == "cramfast.kernels":
         "add_layer_norm_reference",
         "choose",
         "choose_long",
+        "compiling_ahead",
         "embed",
         "embed_reference",
         "every_launch",

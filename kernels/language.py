@@ -8,6 +8,7 @@ try:
     import triton.language as tl
     from triton.compiler import ASTSource
     from triton.runtime import driver
+    from triton.runtime.cache import triton_key
 
     AVAILABLE = True
 except ModuleNotFoundError:
@@ -21,5 +22,5 @@ except ModuleNotFoundError:
         def __call__(self, *arguments, **options):
             return self
 
-    triton = tl = ASTSource = driver = _Absent()
+    triton = tl = ASTSource = driver = triton_key = _Absent()
     AVAILABLE = False

@@ -2,17 +2,22 @@
 
 `kernel[grid](...)` of Triton works out on each call which compiled version fits the arguments, which takes longer than
 the small kernels here run. A `Launch` fixes types, constants and warps once, so a call only collects addresses.
+
+Its first call compiles the kernel. Who knows what work is to come can have the kernels for it compiled side by side,
+with `compiling_ahead`.
 """
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .language import ASTSource, driver, triton
+from .language import ASTSource, driver, triton, triton_key
 
 _TYPES = {
     torch.float32: "fp32",
@@ -26,6 +31,8 @@ _TYPES = {
 _ALIGNMENT = 16
 # What triton.jit goes by when it decorates the kernels.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# What `compiling_ahead` is to compile, (launch, device, aligned); None outside of it.
+_noted: "dict[tuple[Launch, int, bool], None] | None" = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +54,8 @@ class Launch:
     _loaded: dict = field(default_factory=dict, repr=False)
 
     def __call__(self, grid: int, *arguments) -> None:
-        """Run `grid` programs on the current stream of the first tensor's device; nothing for tensors without data.
+        """Run `grid` programs on the current stream of the first tensor's device; nothing for tensors without data, nor
+        inside `compiling_ahead`.
 
         arguments: the tensors (or None where absent), then the scalars.
         """
@@ -56,7 +64,7 @@ class Launch:
             return
         device = tensor.get_device()
         if device < 0 or _INTERPRETED:
-            if not tensor.is_meta:
+            if not tensor.is_meta and _noted is None:
                 self.kernel[(grid,)](*arguments, **self.constants, num_warps=self.num_warps)
             return
         cuda = driver.active
@@ -68,10 +76,10 @@ class Launch:
         for address in addresses:
             bits |= address or 0
         key = (device, bits % _ALIGNMENT == 0)
-        loaded = self._loaded.get(key)
-        if loaded is None:
-            loaded = self._loaded[key] = self._load(aligned=key[1])
-        run, function, metadata, constants = loaded
+        if _noted is not None:
+            _noted[(self, *key)] = None
+            return
+        run, function, metadata, constants = self._loaded.get(key) or self._load(*key)
         stream = cuda.get_current_stream(device)
         run(grid, 1, 1, stream, function, metadata, None, None, None, *addresses, *arguments[count:], *constants)
 
@@ -92,10 +100,48 @@ class Launch:
         options = {"num_warps": self.num_warps, "maxnreg": self.max_registers}
         return triton.compile(source, target=target, options=options)
 
-    def _load(self, aligned: bool):
-        compiled = self.compile(driver.active.get_current_target(), aligned)
-        run = compiled.run  # loads the binary, which `function` needs
-        return run, compiled.function, compiled.packed_metadata, tuple(self.constants.values())
+    def _load(self, device: int, aligned: bool) -> tuple:
+        with torch.cuda.device(device):
+            compiled = self.compile(driver.active.get_current_target(), aligned)
+            run = compiled.run  # loads the binary, which `function` needs
+        loaded = run, compiled.function, compiled.packed_metadata, tuple(self.constants.values())
+        self._loaded[device, aligned] = loaded
+        return loaded
+
+
+@contextlib.contextmanager
+def compiling_ahead() -> Iterator[None]:
+    """Inside, no kernel runs, in whichever thread, as backward passes have theirs: at the end those that would have run
+    are compiled side by side, and loaded.
+
+    What they would have written holds anything at all: it must not become an index, nor decide what is done next.
+    Raises what a launch would.
+    """
+    global _noted
+    _noted = noted = {}
+    try:
+        yield
+    finally:
+        _noted = None
+    _side_by_side(
+        functools.partial(launch._load, device, aligned)
+        for launch, device, aligned in noted
+        if (device, aligned) not in launch._loaded
+    )
+
+
+def _side_by_side(loads: Iterable[Callable]) -> None:
+    """In threads: the compilers at work in a load, Triton's own and that of C for what starts a kernel, leave Python to
+    others for most of their time."""
+    if not (loads := list(loads)):
+        return
+    triton_key()  # or each of the threads works it out
+    pool = ThreadPoolExecutor()
+    try:
+        for future in [pool.submit(load) for load in loads]:
+            future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def ceil_div(a: int, b: int) -> int:

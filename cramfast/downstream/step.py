@@ -26,6 +26,7 @@ class FinetuneStep(Step):
         super().__init__(model, options, dtype, graphs)
         self.protocol = protocol
         self._batches: dict[Shape, FlatBatch] = {}
+        self._rehearsed = False
 
     @property
     def wants_few_shapes(self) -> bool:
@@ -39,9 +40,15 @@ class FinetuneStep(Step):
             if static is None:
                 static = self._batches[batch.shape] = FlatBatch.empty(batch.shape, batch.is_score, self.device)
             static.buffer.copy_(batch.buffer, non_blocking=True)
+        else:
+            static = batch.to(self.device)
+        if self.device.type == "cuda" and not self._rehearsed:
+            self.rehearse(lambda: self._gradient(static))
+            self._rehearsed = True
+        if self.wants_few_shapes:
             self.graphs.run(batch.shape, lambda: self._gradient(static))
         else:
-            self._gradient(batch.to(self.device))
+            self._gradient(static)
         return self.update(lr)
 
     def _gradient(self, batch: FlatBatch) -> None:

@@ -45,12 +45,19 @@ class Graphs:
             else:
                 work()
             return
+        self.run_aside(work)
+        self._capture(key, work)
+
+    def run_aside(self, work: Callable[[], None]) -> None:
+        """Do `work` as it is, where the first of all work runs: that has the memory of this one then."""
+        if self.obstacle is not None:
+            work()
+            return
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             work()
         current.wait_stream(self._stream)
-        self._capture(key, work)
 
     def _capture(self, key: Hashable, work: Callable[[], None]) -> bool:
         """Make `work`, which does not run, the graph of `key`; returns whether it can be one."""

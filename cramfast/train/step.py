@@ -3,18 +3,23 @@
 Everything that a microbatch or an update reads and writes lies in tensors that stay where they are: weights, gradient,
 moments, the batch, and the numbers that change from step to step. So each runs as one CUDA graph. Gradients are taken
 of 16-bit working copies of the matrices, which the update writes, and added up in the float32 of the parameters.
+
+On a GPU a rehearsal comes first, of a microbatch and an update in which no kernel runs: it finds out what there is to
+compile, and leaves everything as it was.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.func import functional_call
 
-from ..config import OptimizerOptions
+from ..config import Activations, OptimizerOptions
 from ..data.batches import Batch
 from ..data.tokenizer import SpecialIds
-from ..kernels import mask_tokens
+from ..kernels import compiling_ahead, mask_tokens
 from ..model import Bert
 from .graphs import Graphs
 from .optimizer import Optimizer
@@ -102,6 +107,26 @@ class Step:
         self.weights.take(gradients)
         self._loss += loss
 
+    def rehearse(self, differentiate: Callable[[], None]) -> None:
+        """Compile the kernels of `differentiate`, some calls of `_differentiate`, and of an update, before the first
+        gradient of an update. Both are done but for the kernels, whose results are anything; none of it stays."""
+
+        def work() -> None:
+            differentiate()
+            # An operator without a kernel runs as ever, and skips this update.
+            self._loss.fill_(torch.nan)
+            self._update()
+
+        states = [(tensor, tensor.clone()) for tensor in (self.loss_scale, self.good_steps, self._report)]
+        devices = [self.device] if self.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices), compiling_ahead():
+                self.graphs.run_aside(work)
+        finally:
+            self._loss.zero_()
+            for tensor, before in states:
+                tensor.copy_(before)
+
     def update(self, lr: float) -> StepResult:
         """Clip the accumulated gradient, update the weights, forget the gradient."""
         self._lr.fill_(lr)
@@ -150,6 +175,7 @@ class TrainStep(Step):
         self._microbatch = torch.zeros(1, dtype=torch.int64, device=self.device)
         self._batches: dict[tuple[int, int], StaticBatch] = {}
         self._first = True
+        self._rehearsed: Activations | None = None
 
     def accumulate(self, batch: Batch, mask_rate: float, microbatch: int, share: float) -> None:
         """Add the gradient of one microbatch, `share` of the step's tokens. `microbatch`, a count over the whole run,
@@ -158,6 +184,8 @@ class TrainStep(Step):
         # Powers of two: the number of sequences differs from batch to batch, that of graphs stays small.
         sequences = 1 << (batch.cu_seqlens.numel() - 2).bit_length()
         shape = (tokens, sequences)
+        if self.device.type == "cuda" and self._first and self._rehearsed != self.model.activations:
+            self.rehearse_microbatch(*shape, batch.max_seqlen)
         static = self._batches.get(shape)
         if static is None:
             static = self._batches[shape] = StaticBatch(*shape, self.device)
@@ -168,8 +196,30 @@ class TrainStep(Step):
         self.graphs.run(key, lambda: self._add_gradient(static, batch.max_seqlen, count, first))
         self._first = False
 
+    def rehearse_microbatch(self, tokens: int, sequences: int, max_seqlen: int) -> None:
+        """Compile what microbatches of this shape need, by one that is smaller: all that kernels depend on is how many
+        tokens there are to a sequence."""
+        parts = math.gcd(tokens, sequences)
+        tokens, sequences = tokens // parts, sequences // parts
+        batch = StaticBatch(tokens, sequences, self.device)
+        batch.cu_seqlens.copy_(torch.arange(sequences + 1, device=self.device) * tokens // sequences)
+        # Masking makes up no positions and labels now that could be those of a microbatch.
+        places = torch.arange(tokens, device=self.device)
+
+        def differentiate() -> None:
+            self._mask(batch, tokens)
+            for first in (True, False):
+                self._differentiate(first, batch.input_ids, batch.cu_seqlens, max_seqlen, places, batch.input_ids)
+
+        self.rehearse(differentiate)
+        self._rehearsed = self.model.activations
+
     def _add_gradient(self, batch: StaticBatch, max_seqlen: int, count: int, first: bool) -> None:
-        input_ids, positions, labels = mask_tokens(
+        input_ids, positions, labels = self._mask(batch, count)
+        self._differentiate(first, input_ids, batch.cu_seqlens, max_seqlen, positions, labels)
+
+    def _mask(self, batch: StaticBatch, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return mask_tokens(
             batch.input_ids,
             batch.cu_seqlens,
             count,
@@ -179,7 +229,6 @@ class TrainStep(Step):
             step=self._microbatch,
             continues=self.continues,
         )
-        self._differentiate(first, input_ids, batch.cu_seqlens, max_seqlen, positions, labels)
 
     def update(self, lr: float) -> StepResult:
         result = super().update(lr)

@@ -27,12 +27,16 @@ if __name__ == "cramfast.kernels":
     from .select_rows import select_rows, select_rows_reference
     from .selftest import Finding, selftest
     from .sequences import group_sequences, sequence_positions
+    from .tape import Layouts, Nodes, Tape, one_node, tape_serves
 
     __all__ = [
         "LONGEST",
         "OPERATORS",
         "Finding",
         "Launch",
+        "Layouts",
+        "Nodes",
+        "Tape",
         "adamw",
         "adamw_rates",
         "adamw_reference",
@@ -64,6 +68,7 @@ if __name__ == "cramfast.kernels":
         "muon_direction_reference",
         "muon_update",
         "muon_update_reference",
+        "one_node",
         "orthogonalise",
         "orthogonalise_reference",
         "pad",
@@ -71,6 +76,7 @@ if __name__ == "cramfast.kernels":
         "select_rows_reference",
         "selftest",
         "sequence_positions",
+        "tape_serves",
         "unpad",
         "update_rates",
         "update_rates_reference",

@@ -109,7 +109,7 @@ def _run(kernel, tuning, tensors, qkv, groups, tile, longest, scale, window, dro
     launch(programs, *tensors, total, count if tile else longest, window, scale, dropout)
 
 
-def _forward(qkv, groups, bounds, angles, seed, tile, longest, scale, window, dropout):
+def attention_forward(qkv, groups, bounds, angles, seed, tile, longest, scale, window, dropout):
     """(out, lse, turned); turned is None unless it takes qkv's place in the backward pass."""
     qkv, turned = qkv.contiguous(), None
     if _turned_apart(qkv, groups, angles, tile):
@@ -125,7 +125,7 @@ def _forward(qkv, groups, bounds, angles, seed, tile, longest, scale, window, dr
     return out, lse, turned
 
 
-def _backward(dout, qkv, out, lse, groups, bounds, angles, seed, tile, longest, scale, window, dropout):
+def attention_backward(dout, qkv, out, lse, groups, bounds, angles, seed, tile, longest, scale, window, dropout):
     dout, qkv = contiguous(dout, qkv)
     dqkv = torch.empty_like(qkv)
     setting, rest = _setting(qkv, groups, angles, tile), (qkv, groups, tile, longest, scale, window, dropout)
@@ -160,14 +160,14 @@ _OPTIONS = (
 _operator = Operator(
     "varlen_attention",
     f"(Tensor qkv, {_OPTIONS}) -> (Tensor out, Tensor lse, Tensor turned)",
-    forward=_forward,
+    forward=attention_forward,
     save=_save,
     backward=(
-        _backward,
+        attention_backward,
         define(
             "varlen_attention_backward",
             f"(Tensor dout, Tensor qkv, Tensor out, Tensor lse, {_OPTIONS}) -> Tensor dqkv",
-            _backward,
+            attention_backward,
         ),
     ),
     gradients=_gradients,
@@ -205,7 +205,7 @@ def varlen_attention(
     total, _, _, head_size = qkv.shape
     tables = {"cos": cos, "sin": sin}
     options = {"softmax_scale": softmax_scale, "window": window, "dropout_p": dropout_p}
-    if max_seqlen > LONGEST or head_size not in HEAD_SIZES or qkv.dtype not in DTYPES:
+    if not has_kernels(qkv.dtype, head_size, max_seqlen):
         fallback = varlen_attention_reference
         return long_attention(qkv, cu_seqlens, max_seqlen, **tables, **options, fallback=fallback)
     attend = pick("varlen_attention", qkv, varlen_attention_reference)
@@ -213,9 +213,22 @@ def varlen_attention(
         return varlen_attention_reference(qkv, cu_seqlens, max_seqlen, **tables, **options)
     if cos is not None and head_size == 96:  # halves of 48 are no power of two
         qkv, cos, sin = turn(qkv, cu_seqlens, cos, sin), None, None
+    layout, settings = attention_layout(cu_seqlens, total, head_size, max_seqlen, cos=cos, sin=sin, **options)
+    seed = torch.randint(2**62, (1,), device=qkv.device) if dropout_p > 0 else None
+    return attend(qkv, *layout, seed, *settings)
+
+
+def has_kernels(dtype: torch.dtype, head_size: int, max_seqlen: int) -> bool:
+    """Whether the Triton kernels are for such tensors, where they run."""
+    return max_seqlen <= LONGEST and head_size in HEAD_SIZES and dtype in DTYPES
+
+
+def attention_layout(cu_seqlens, total, head_size, max_seqlen, *, cos, sin, softmax_scale, window, dropout_p):
+    """What the kernels are told of a batch of `total` tokens besides qkv, the same for every layer that has these
+    options: the tensors (groups, bounds, angles) and the settings (tile, longest, scale, window, dropout)."""
     choose_tile = _tile if torch.compiler.is_compiling() else _remembered_tile  # tracing warns of a cache
-    tile = choose_tile(qkv.device, head_size, max_seqlen, dropout_p > 0)
-    groups = bounds = angles = seed = None
+    tile = choose_tile(cu_seqlens.device, head_size, max_seqlen, dropout_p > 0)
+    groups = bounds = angles = None
     # Where the sequences just fill their tiles or blocks, nothing needs a mask.
     fitting = max_seqlen == tile if tile else max_seqlen % BLOCK == 0
     full = total == max_seqlen * (cu_seqlens.shape[0] - 1)
@@ -223,8 +236,6 @@ def varlen_attention(
         groups, bounds = group_sequences(cu_seqlens.contiguous(), total, max_seqlen, tile or BLOCK)
     if cos is not None:
         angles = token_angles(cos, sin, bounds, (tile or max_seqlen) if bounds is None else total)
-    if dropout_p > 0:
-        seed = torch.randint(2**62, (1,), device=qkv.device)
     scale = head_size**-0.5 if softmax_scale is None else softmax_scale
     window = _NO_WINDOW if window is None else min(window, max_seqlen)
-    return attend(qkv, groups, bounds, angles, seed, tile, max_seqlen, scale, window, dropout_p)
+    return (groups, bounds, angles), (tile, max_seqlen, scale, window, dropout_p)

@@ -218,14 +218,14 @@ def _run(kernel, width, approximate, *tensors):
     launch(ceil_div(rows, launch.constants["ROWS"]) * across, *tensors, rows)
 
 
-def _gelu(x, approximate):
+def gelu_forward(x, approximate):
     x = x.contiguous()
     y = torch.empty_like(x)
     _run(_gelu_kernel, int(x.shape[-1]), approximate, x, y)
     return (y,)
 
 
-def _gelu_backward(dy, x, approximate):
+def gelu_backward(dy, x, approximate):
     dy, x = contiguous(dy, x)
     dx = torch.empty_like(x)
     _run(_gelu_backward_kernel, int(x.shape[-1]), approximate, dy, x, dx)
@@ -264,11 +264,11 @@ def _geglu_gradients(ctx, backward, dy):
 _gelu_operator = Operator(
     "gelu",
     "(Tensor x, str approximate) -> Tensor y",
-    forward=_gelu,
+    forward=gelu_forward,
     save=_save,
     backward=(
-        _gelu_backward,
-        define("gelu_backward", "(Tensor dy, Tensor x, str approximate) -> Tensor dx", _gelu_backward),
+        gelu_backward,
+        define("gelu_backward", "(Tensor dy, Tensor x, str approximate) -> Tensor dx", gelu_backward),
     ),
     gradients=_gelu_gradients,
 )

@@ -312,7 +312,7 @@ def layer_norm(
     Parameters may be fp32 while x is 16-bit. Raises ValueError for a shape or device that does not fit and for C above
     16,384, TypeError for a dtype that does not fit.
     """
-    _check("layer_norm", x, weight, bias)
+    check_norm("layer_norm", x, weight, bias)
     return pick("layer_norm", x, layer_norm_reference)(x, weight, bias, eps)
 
 
@@ -328,12 +328,13 @@ def add_layer_norm(
     A pre-norm block carries s on as its residual stream; the gradients of y and s both flow into x and residual. Raises
     as `layer_norm` does.
     """
-    _check("add_layer_norm", x, weight, bias)
+    check_norm("add_layer_norm", x, weight, bias)
     expect_like("add_layer_norm", "residual", residual, x.shape, x)
     return pick("add_layer_norm", x, add_layer_norm_reference)(x, residual, weight, bias, eps)
 
 
-def _check(operator, x, weight, bias):
+def check_norm(operator, x, weight, bias):
+    """Raises as `layer_norm` does."""
     width = expect_rows(operator, "x", x, MAX_WIDTH)
     expect_parameter(operator, "weight", weight, (width,), x)
     if bias is not None:

@@ -34,3 +34,12 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, fi
         torch.mm(left, right, **options, out=total)
     else:
         torch.addmm(total, left, right, **options, out=total)
+
+
+def product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """left @ right in `dtype`: where that is float32, as it was summed up, whatever the factors are."""
+    if dtype == left.dtype:
+        return torch.mm(left, right)
+    if dtype == torch.float32 and left.is_cuda:
+        return torch.mm(left, right, out_dtype=dtype)
+    return torch.mm(left.to(dtype), right.to(dtype))

@@ -61,14 +61,18 @@ class _SelectRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        (rows,) = ctx.saved_tensors
-        dy = dy.contiguous()
-        place = torch.arange(rows.numel(), dtype=torch.int32, device=dy.device)
-        source = place.new_full((ctx.total,), -1).scatter_(0, rows.long(), place)
-        dx = dy.new_empty(ctx.total, dy.shape[1])
-        launch = launch_for(dy.shape[1], dy.dtype)
-        launch(ceil_div(ctx.total, launch.constants["ROWS"]), dy, source, dx, ctx.total)
-        return dx, None
+        return put_back(dy, *ctx.saved_tensors, ctx.total), None
+
+
+def put_back(dy, rows, total):
+    """dx (total, C) of dy (M, C)."""
+    dy = dy.contiguous()
+    place = torch.arange(rows.numel(), dtype=torch.int32, device=dy.device)
+    source = place.new_full((total,), -1).scatter_(0, rows.long(), place)
+    dx = dy.new_empty(total, dy.shape[1])
+    launch = launch_for(dy.shape[1], dy.dtype)
+    launch(ceil_div(total, launch.constants["ROWS"]), dy, source, dx, total)
+    return dx
 
 
 def select_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -4,19 +4,22 @@ T tokens, C hidden size, I intermediate size, H heads, D head size, M rows.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from ..kernels import add_layer_norm, geglu, gelu, layer_norm, linear, varlen_attention
-from ..layers import only
+from ..kernels import Layouts, Nodes, Tape, linear, one_node, tape_serves
 from .batch import Batch
+from .weights import Groups, Weights, copied, groups_of, joined, parameters_of
+
+Run = type[Nodes] | Tape
+"""Whose methods compute the operators of a layer."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Layer:
     """The modules of one layer, by what they do.
 
@@ -49,81 +52,28 @@ class Layer:
         expect_plain(nn.Linear, *self.qkv, self.out, self.wide, self.narrow)
         expect_plain(nn.LayerNorm, *((self.attention_norm,) if self.attention_norm is not None else ()), self.mlp_norm)
 
-    def weights(self, dtype: torch.dtype) -> "Weights":
-        """The linear layers' parameters in `dtype`, those of q, k and v as one for a single product.
+    def groups(self) -> Groups:
+        """The parameters of its four products."""
+        return groups_of(self.qkv, self.out, self.wide, self.narrow)
 
-        That copies the weights, which takes some microseconds on the device. It is far less to launch than three
-        products, and than what autocast does for each parameter by itself.
-        """
-        groups = [[part.weight for part in self.qkv], [part.bias for part in self.qkv]]
-        groups += [[p] for part in (self.out, self.wide, self.narrow) for p in (part.weight, part.bias)]
-        if dtype == self.out.weight.dtype or torch.compiler.is_compiling():
-            return Weights(*(None if group[0] is None else _joined(group, dtype) for group in groups))
-        present = [group for group in groups if group[0] is not None]
-        made = iter(_Together.apply(dtype, [len(group) for group in present], *(p for group in present for p in group)))
-        return Weights(*(None if group[0] is None else next(made) for group in groups))
-
-    def attend(self, weights: "Weights", x: torch.Tensor, batch: Batch, rows: torch.Tensor | None) -> torch.Tensor:
+    def attend(
+        self, run: Run, weights: Weights, x: torch.Tensor, batch: Batch, rows: torch.Tensor | None
+    ) -> torch.Tensor:
         """Attention and what follows it until the residual addition: (T, C) → (T, C), or (M, C) of `rows` alone."""
         cos, sin = self.tables
-        qkv_T3HD = linear(x, weights.qkv, weights.qkv_bias).unflatten(-1, (3, self.heads, -1))
         dropout_p = self.attention_dropout if self.module.training else 0.0
         options = {"cos": cos, "sin": sin, "window": self.window, "dropout_p": dropout_p}
-        attended = varlen_attention(qkv_T3HD, batch.cu_seqlens, batch.max_seqlen, **options).flatten(1)
-        return self.out_dropout(linear(only(attended, rows), weights.out, weights.out_bias))
+        qkv = run.linear(x, weights.qkv, weights.qkv_bias)
+        attended = run.attend(qkv, self.heads, batch.cu_seqlens, batch.max_seqlen, **options)
+        return dropped(run, self.out_dropout, run.linear(only(run, attended, rows), weights.out, weights.out_bias))
 
-    def feed_forward(self, weights: "Weights", x: torch.Tensor) -> torch.Tensor:
+    def feed_forward(self, run: Run, weights: Weights, x: torch.Tensor) -> torch.Tensor:
         """The feed-forward network until the residual addition, (T, C) → (T, C)."""
-        wide = linear(x, weights.wide, weights.wide_bias)
-        x = (activate_gated if self.gated else activate)(self.activation, wide)
+        wide = run.linear(x, weights.wide, weights.wide_bias)
+        x = (activate_gated if self.gated else activate)(self.activation, wide, run)
         if self.inner_dropout is not None:
-            x = self.inner_dropout(x)
-        return self.narrow_dropout(linear(x, weights.narrow, weights.narrow_bias))
-
-
-class Weights(NamedTuple):
-    """Of one layer, in the dtype of activations; qkv (3C, C)."""
-
-    qkv: torch.Tensor
-    qkv_bias: torch.Tensor | None
-    out: torch.Tensor
-    out_bias: torch.Tensor | None
-    wide: torch.Tensor
-    wide_bias: torch.Tensor | None
-    narrow: torch.Tensor
-    narrow_bias: torch.Tensor | None
-
-
-def _joined(tensors: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    return (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).to(dtype)
-
-
-def _parts(whole: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
-    return whole.chunk(count) if count > 1 else (whole,)
-
-
-class _Together(torch.autograd.Function):
-    """(dtype, sizes, *parameters) → `_joined` of each group of so many parameters, all groups in one go, and so are
-    their gradients."""
-
-    @staticmethod
-    def forward(ctx, dtype, sizes, *parameters):
-        ctx.sizes, ctx.dtype = sizes, parameters[0].dtype
-        whole, views, first = [], [], 0
-        for size in sizes:
-            rows, *rest = parameters[first].shape
-            whole.append(parameters[first].new_empty(size * rows, *rest, dtype=dtype))
-            views += _parts(whole[-1], size)
-            first += size
-        torch._foreach_copy_(views, parameters)
-        return tuple(whole)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        parts = [part for grad, size in zip(grads, ctx.sizes, strict=True) for part in _parts(grad, size)]
-        wide = [part.new_empty(part.shape, dtype=ctx.dtype) for part in parts]
-        torch._foreach_copy_(wide, parts)
-        return None, None, *wide
+            x = dropped(run, self.inner_dropout, x)
+        return dropped(run, self.narrow_dropout, run.linear(x, weights.narrow, weights.narrow_bias))
 
 
 def expect_plain(kind: type[nn.Module], *modules: nn.Module) -> None:
@@ -137,38 +87,62 @@ def apply(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     return linear(x, module.weight, module.bias)
 
 
-def add_norm(norm: nn.LayerNorm, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def only(run: Run, x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """Rows `rows` (M,) of x (T, C), none of them twice; None: x itself."""
+    return x if rows is None else run.select_rows(x, rows)
+
+
+def dropped(run: Run, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """x after a module for dropout."""
+    if type(module) is nn.Dropout:
+        return run.dropout(x, module.p) if module.training else x
+    return module(x)
+
+
+def add_norm(
+    run: Run, norm: nn.LayerNorm, x: torch.Tensor, residual: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(norm(x + residual), x + residual)."""
-    return add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps)
+    return run.add_layer_norm(x, residual, *parameters_of(norm), norm.eps)
 
 
-def normalised(norm: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
-    return layer_norm(x, norm.weight, norm.bias, norm.eps)
+def normalised(norm: nn.LayerNorm, x: torch.Tensor, run: Run = Nodes) -> torch.Tensor:
+    return run.layer_norm(x, *parameters_of(norm), norm.eps)
 
 
-def post_norm(layer: Layer, batch: Batch, rows: torch.Tensor | None, x: torch.Tensor, residual: None):
+def post_norm(
+    run: Run, layer: Layer, weights: Weights, batch: Batch, rows: torch.Tensor | None, x: torch.Tensor, residual: None
+):
     """x → norm(x + attention(x)), then the same with the feed-forward network, as BERT. `residual` stays None."""
-    weights = layer.weights(x.dtype)
-    x, _ = add_norm(layer.attention_norm, layer.attend(weights, x, batch, rows), only(x, rows))
-    x, _ = add_norm(layer.mlp_norm, layer.feed_forward(weights, x), x)
+    x, _ = add_norm(run, layer.attention_norm, layer.attend(run, weights, x, batch, rows), only(run, x, rows))
+    x, _ = add_norm(run, layer.mlp_norm, layer.feed_forward(run, weights, x), x)
     return x, residual
 
 
-def pre_norm(layer: Layer, batch: Batch, rows: torch.Tensor | None, x: torch.Tensor, residual: torch.Tensor | None):
+def pre_norm(
+    run: Run,
+    layer: Layer,
+    weights: Weights,
+    batch: Batch,
+    rows: torch.Tensor | None,
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+):
     """x → x + attention(norm(x)), then the same with the feed-forward network, as ModernBERT.
 
     Takes and returns the last block's output and the stream that it has not been added to yet, so that each addition
     happens in the norm that follows it.
     """
-    norm, weights = layer.attention_norm, layer.weights(x.dtype)
+    norm = layer.attention_norm
     if residual is None:
-        x, residual = (x if norm is None else normalised(norm, x)), x
+        x, residual = (x if norm is None else normalised(norm, x, run)), x
     elif norm is None:
         x = residual = x + residual
     else:
-        x, residual = add_norm(norm, x, residual)
-    x, residual = add_norm(layer.mlp_norm, layer.attend(weights, x, batch, rows), only(residual, rows))
-    return layer.feed_forward(weights, x), residual
+        x, residual = add_norm(run, norm, x, residual)
+    attended = layer.attend(run, weights, x, batch, rows)
+    x, residual = add_norm(run, layer.mlp_norm, attended, only(run, residual, rows))
+    return layer.feed_forward(run, weights, x), residual
 
 
 def run_layers(
@@ -181,16 +155,62 @@ def run_layers(
 ) -> torch.Tensor:
     """Hidden states (T, C) of embedded tokens x (T, C), or those (M, C) of `rows` (M,) alone, which is all that the
     last layer then computes behind its attention."""
-    residual = None
-    for layer in layers:
-        run = partial(block, layer, batch, rows if layer is layers[-1] else None)
-        if layer.module.training and getattr(layer.module, "gradient_checkpointing", False):
-            x, residual = layer.module._gradient_checkpointing_func(run, x, residual)
-        else:
-            x, residual = run(x, residual)
-    return x if final_norm is None else add_norm(final_norm, x, residual)[0]
+    residual, device = None, x.device.type
+    taped = _fits_tapes(layers, x, batch)
+    # What runs on a tape has its dtypes already, and autocast takes long to see it.
+    with torch.autocast(device, enabled=False) if taped and torch.is_autocast_enabled(device) else nullcontext():
+        for layer, run in zip(layers, (_taped if taped else _by_nodes)(layers, block, x, batch, rows), strict=True):
+            if layer.module.training and getattr(layer.module, "gradient_checkpointing", False):
+                x, residual = layer.module._gradient_checkpointing_func(run, x, residual)
+            else:
+                x, residual = run(x, residual)
+    return x if final_norm is None else add_norm(Nodes, final_norm, x, residual)[0]
 
 
+def _by_nodes(layers, block, x, batch, rows):
+    """What computes each layer, (x, residual) → (x, residual), with a node for each operator."""
+
+    def run(layer, rows, x, residual):
+        return block(Nodes, layer, joined(layer.groups(), x.dtype), batch, rows, x, residual)
+
+    return [partial(run, layer, rows if layer is layers[-1] else None) for layer in layers]
+
+
+def _fits_tapes(layers: list[Layer], x: torch.Tensor, batch: Batch) -> bool:
+    """Whether layers can be a node each: of modules that a tape knows, all on kernels."""
+    first = layers[0]
+    return tape_serves(x, first.heads, batch.max_seqlen, first.tables[0] is not None) and all(
+        gelu_form(layer.activation) is not None
+        and {type(layer.out_dropout), type(layer.narrow_dropout), type(layer.inner_dropout)} <= _DROPOUTS
+        and (layer is first or layer.attention_norm is not None)
+        for layer in layers
+    )
+
+
+def _taped(layers, block, x, batch, rows):
+    """As `_by_nodes`, with a node for each layer."""
+    groups = [layer.groups() for layer in layers]
+    weights, layouts = copied(groups, x.dtype), Layouts()
+    seeds = [None] * len(layers)
+    if any(layer.attention_dropout > 0 and layer.module.training for layer in layers):
+        # Two each, for addresses that are a multiple of 16.
+        seeds = torch.randint(2**62, (len(layers), 2), device=x.device).unbind()
+
+    def run(layer, groups, weights, seed, rows, x, residual):
+        made_of = [(x, (x,))] if residual is None else [(x, (x,)), (residual, (residual,))]
+        made_of += ((whole, group) for whole, group in zip(weights, groups, strict=True) if group is not None)
+        for norm in (layer.attention_norm, layer.mlp_norm):
+            if norm is not None:
+                made_of += ((parameter, (parameter,)) for parameter in parameters_of(norm) if parameter is not None)
+        return one_node(
+            lambda tape: block(tape, layer, weights, batch, rows, x, residual), Tape(layouts, seed), made_of
+        )
+
+    each = zip(layers, groups, weights, seeds, strict=True)
+    return [partial(run, layer, *rest, rows if layer is layers[-1] else None) for layer, *rest in each]
+
+
+_DROPOUTS = {nn.Dropout, nn.Identity, type(None)}
 _GELUS = {
     "GELUActivation": "none",
     "GELUTanh": "tanh",
@@ -206,16 +226,16 @@ def gelu_form(activation: Callable) -> str | None:
     return activation.approximate if isinstance(activation, nn.GELU) else _GELUS.get(type(activation).__name__)
 
 
-def activate(activation: Callable, x: torch.Tensor) -> torch.Tensor:
+def activate(activation: Callable, x: torch.Tensor, run: Run = Nodes) -> torch.Tensor:
     """The activation, fused where it is a GELU."""
     form = gelu_form(activation)
-    return activation(x) if form is None else gelu(x, form)
+    return activation(x) if form is None else run.gelu(x, form)
 
 
-def activate_gated(activation: Callable, packed: torch.Tensor) -> torch.Tensor:
+def activate_gated(activation: Callable, packed: torch.Tensor, run: Run) -> torch.Tensor:
     """(T, 2I) → (T, I): the activation of the first half times the second."""
     form = gelu_form(activation)
     if form is not None:
-        return geglu(packed, form)
+        return run.geglu(packed, form)
     value, gate = packed.chunk(2, dim=-1)
     return activation(value) * gate

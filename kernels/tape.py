@@ -1,0 +1,272 @@
+"""Several operators in one autograd node.
+
+Autograd takes longer, on the host, to make a node and to come back to it than a GPU takes for most of the work between
+two matrix products. `one_node` runs a function over a `Tape`, whose methods compute what the operators of the same
+names do, and write down how to come back. The backward pass of the node reads that from the end:
+
+    z = x Wᵀ + b      dx += dz W,  dW = dzᵀ x in the dtype of the parameter,  db = sum(dz)
+    y = x mask / (1 − p)      dx = dy mask / (1 − p)
+
+and as `layer_norm.py`, `gelu.py`, `attention.py` and `select_rows.py` say. What is used twice, like a residual stream,
+has its gradients added up by the product or norm that computes the last of them.
+
+A tape holds numbers, no tensors: what backward needs is saved with the node, so that it is freed as usual, can be
+computed again by activation checkpointing, and passes through `torch.autograd.graph.saved_tensors_hooks`.
+
+`Nodes` has the same methods with a node for each, for whatever a tape does not serve.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+
+from .arguments import expect_like
+from .attention import attention_backward, attention_forward, attention_layout, has_kernels, varlen_attention
+from .attention_arguments import expect_attention
+from .dispatch import choose
+from .gelu import geglu, geglu_backward, geglu_forward, gelu, gelu_backward, gelu_forward
+from .layer_norm import add_layer_norm, check_norm, layer_norm, norm_backward, norm_forward
+from .linear import linear
+from .main_grad import product
+from .select_rows import put_back, select_rows
+
+
+class Nodes:
+    """Operators that are an autograd node each. T tokens, C hidden size, I intermediate size, M rows."""
+
+    linear = staticmethod(linear)
+    dropout = staticmethod(F.dropout)
+    layer_norm = staticmethod(layer_norm)
+    add_layer_norm = staticmethod(add_layer_norm)
+    gelu = staticmethod(gelu)
+    geglu = staticmethod(geglu)
+    select_rows = staticmethod(select_rows)
+
+    @staticmethod
+    def attend(qkv, heads, cu_seqlens, max_seqlen, **options):
+        """`varlen_attention` of qkv (T, 3C) → (T, C)."""
+        return varlen_attention(qkv.unflatten(-1, (3, heads, -1)), cu_seqlens, max_seqlen, **options).flatten(1)
+
+
+def tape_serves(x: torch.Tensor, heads: int, max_seqlen: int, rotary: bool) -> bool:
+    """Whether every operator of a tape has a kernel for activations like x (T, C), in eager code."""
+    if torch.compiler.is_compiling() or type(x) is not torch.Tensor or x.shape[0] == 0:
+        return False
+    head_size = x.shape[1] // heads
+    if not has_kernels(x.dtype, head_size, max_seqlen) or (rotary and head_size == 96):
+        return False
+    operators = ("layer_norm", "add_layer_norm", "gelu", "geglu", "varlen_attention")
+    return all(choose(name, x.device, x.dtype).backend == "triton" for name in operators)
+
+
+class Layouts(dict):
+    """What attention is told of a batch, by its options; for all tapes of one forward pass over that batch."""
+
+    def find(self, qkv, cu_seqlens, max_seqlen, *, cos=None, sin=None, window=None, dropout_p=0.0):
+        """As `attention_layout`, for qkv (T, 3, H, D)."""
+        key = (window, dropout_p, id(cos))
+        if key not in self:
+            expect_attention(qkv, cu_seqlens, max_seqlen, cos, sin, None, window, dropout_p)
+            total, _, _, head_size = qkv.shape
+            options = {"softmax_scale": None, "window": window, "dropout_p": dropout_p}
+            layout = attention_layout(cu_seqlens, total, head_size, max_seqlen, cos=cos, sin=sin, **options)
+            self[key] = (layout, cos)  # whose id is taken as long as it is there
+        return self[key][0]
+
+
+class Tape:
+    """Operators that run at once and are noted for a backward pass. They take and give what those of `Nodes` do.
+
+    seed: int64 on the device, for attention's dropout.
+    """
+
+    def __init__(self, layouts: Layouts, seed: torch.Tensor | None = None):
+        self._layouts, self._seed = layouts, seed
+        self.saved, self.steps = [], []
+        # By the ids of tensors that have a gradient; and these tensors, without which the ids would go to others.
+        self._numbers, self._held, self._dtypes = {}, [], {}
+
+    def follow(self, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> int:
+        """Have the gradient of `tensor` computed, of a linear layer's parameter in `dtype`; returns its number."""
+        self._held.append(tensor)
+        self._numbers[id(tensor)] = number = len(self._held)
+        self._dtypes[number] = dtype
+        return number
+
+    def number(self, tensor: torch.Tensor | None) -> int | None:
+        """None for what has no gradient."""
+        return self._numbers.get(id(tensor))
+
+    def linear(self, x, weight, bias=None):
+        z = F.linear(x, weight, bias)
+        dx, dweight, dbias = numbers = self._numbers_of(x, weight, bias)
+        weight_dtype, bias_dtype = self._dtypes.get(dweight), self._dtypes.get(dbias)
+
+        def back(gradients, x, weight, dz):
+            dz = dz.contiguous()
+            if dbias is not None:
+                gradients.add(dbias, dz.sum(0, dtype=bias_dtype))
+            if dweight is not None:
+                gradients.add(dweight, product(dz.t(), x, weight_dtype))
+            if dx is not None:
+                gradients.add_product(dx, dz, weight)
+
+        self._note(numbers, (z,), back, None if dweight is None else x, None if dx is None else weight)
+        return z
+
+    def dropout(self, x, p):
+        if p == 0:
+            return x
+        y, mask = torch.native_dropout(x, p, True)
+        dx = self.number(x)
+        scale = 0.0 if p == 1 else 1 / (1 - p)
+        self._note((dx,), (y,), lambda gradients, mask, dy: gradients.add(dx, _undrop(dy, mask, scale)), mask)
+        return y
+
+    def layer_norm(self, x, weight, bias=None, eps=1e-5):
+        check_norm("layer_norm", x, weight, bias)
+        y, _, statistics = norm_forward(x, None, weight, bias, eps)
+        numbers = self._numbers_of(x, weight, bias)
+
+        def back(gradients, *saved_and_dy):
+            *saved, dy = saved_and_dy
+            gradients.add_each(numbers, norm_backward(dy, None, *saved))
+
+        self._note(numbers, (y,), back, x, weight, bias, statistics)
+        return y
+
+    def add_layer_norm(self, x, residual, weight, bias=None, eps=1e-5):
+        check_norm("add_layer_norm", x, weight, bias)
+        expect_like("add_layer_norm", "residual", residual, x.shape, x)
+        y, s, statistics = norm_forward(x, residual, weight, bias, eps)
+        dresidual, *others = numbers = self._numbers_of(residual, x, weight, bias)
+
+        def back(gradients, s, weight, bias, statistics, dy, ds):
+            dx, *rest = (ds,) if dy is None else norm_backward(dy, ds, s, weight, bias, statistics)
+            gradients.add_each((dresidual, *others), (dx, dx, *rest))
+
+        self._note(numbers, (y, s), back, s, weight, bias, statistics)
+        return y, s
+
+    def gelu(self, x, approximate="none"):
+        return self._activate(gelu_forward, gelu_backward, x, approximate)
+
+    def geglu(self, x, approximate="none"):
+        return self._activate(geglu_forward, geglu_backward, x, approximate)
+
+    def _activate(self, forward, backward, x, approximate):
+        (y,), dx = forward(x, approximate), self.number(x)
+        self._note((dx,), (y,), lambda gradients, x, dy: gradients.add(dx, backward(dy, x, approximate)[0]), x)
+        return y
+
+    def attend(self, qkv, heads, cu_seqlens, max_seqlen, **options):
+        total, width = qkv.shape
+        shape = (total, 3, heads, width // (3 * heads))
+        layout, settings = self._layouts.find(qkv.view(shape), cu_seqlens, max_seqlen, **options)
+        seed, dqkv = self._seed if settings[-1] > 0 else None, self.number(qkv)
+        out, lse, turned = attention_forward(qkv.view(shape), *layout, seed, *settings)
+        attended = out.view(total, width // 3)
+
+        def back(gradients, qkv, out, lse, *rest):
+            *constants, dout = rest
+            (grad,) = attention_backward(dout.view_as(out), qkv.view(shape), out, lse, *constants, *settings)
+            gradients.add(dqkv, grad.view(total, width))
+
+        self._note((dqkv,), (attended,), back, qkv if turned is None else turned, out, lse, *layout, seed)
+        return attended
+
+    def select_rows(self, x, rows):
+        y, dx, total = x.index_select(0, rows), self.number(x), x.shape[0]
+        self._note((dx,), (y,), lambda gradients, rows, dy: gradients.add(dx, put_back(dy, rows, total)), rows)
+        return y
+
+    def _numbers_of(self, *tensors):
+        return [self._numbers.get(id(tensor)) for tensor in tensors]
+
+    def _note(self, inputs: Iterable[int | None], outputs: tuple, back: Callable, *saved: torch.Tensor | None) -> None:
+        """Have back(gradients, *saved, *grads of the outputs) called, which adds to those of `inputs`."""
+        if any(inputs):  # numbers begin with 1
+            first = len(self.saved)
+            self.saved += saved
+            self.steps.append(([self.follow(output) for output in outputs], back, slice(first, len(self.saved))))
+
+
+def _undrop(dy, mask, scale):
+    return torch.ops.aten.native_dropout_backward(dy, mask, scale)
+
+
+class _Gradients(dict):
+    """By number, as far as they are known. given: those that the node is called with, which belong to others."""
+
+    def __init__(self, numbers: Iterable[int | None], given: tuple):
+        super().__init__((number, grad) for number, grad in zip(numbers, given, strict=True) if grad is not None)
+        self._given = given
+
+    def add(self, number: int | None, grad: torch.Tensor) -> None:
+        if number is not None:
+            before = self.get(number)
+            self[number] = grad if before is None else before + grad
+
+    def add_each(self, numbers, grads) -> None:
+        for number, grad in zip(numbers, grads, strict=False):
+            self.add(number, grad)
+
+    def add_product(self, number: int, dz: torch.Tensor, weight: torch.Tensor) -> None:
+        """Add dz @ weight."""
+        before = self.get(number)
+        if before is None:
+            self[number] = torch.mm(dz, weight)
+        elif sum(grad is before for grad in (*self.values(), *self._given)) == 1:
+            before.addmm_(dz, weight)
+        else:
+            self[number] = torch.addmm(before, dz, weight)
+
+
+class _Node(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, run, tape, groups, *_inputs):
+        needed, ctx.inputs = iter(ctx.needs_input_grad[3:]), []
+        for tensor, members in groups:
+            needs = [next(needed) for _ in members]
+            number = tape.follow(tensor, members[0].dtype) if any(needs) else None
+            ctx.inputs.append((number, needs))
+        outputs = run(tape)
+        ctx.save_for_backward(*tape.saved)
+        ctx.set_materialize_grads(False)
+        ctx.steps, ctx.outputs = tape.steps, [tape.number(output) for output in outputs]
+        return outputs
+
+    @staticmethod
+    def backward(ctx, *grads):
+        if torch.is_grad_enabled():  # someone asked for create_graph=True
+            raise RuntimeError("kernels of cramfast cannot be differentiated twice; CRAMFAST_KERNELS=reference can")
+        saved, gradients = ctx.saved_tensors, _Gradients(ctx.outputs, grads)
+        for outputs, back, kept in reversed(ctx.steps):
+            given = [gradients.pop(number, None) for number in outputs]
+            if any(grad is not None for grad in given):
+                back(gradients, *saved[kept], *given)
+        results = []
+        for number, needs in ctx.inputs:
+            grad = gradients.get(number)
+            if grad is None or len(needs) == 1:
+                results += [grad] * len(needs)
+            else:
+                results += (part if need else None for part, need in zip(grad.chunk(len(needs)), needs, strict=True))
+        return None, None, None, *results
+
+
+# Past the Python around it, which serves functorch alone.
+_apply = super(torch.autograd.Function, _Node).apply
+
+
+def one_node(run: Callable, tape: Tape, groups: list) -> tuple[torch.Tensor | None, ...]:
+    """run(tape), a tuple of tensors that it makes with the tape's methods, or None, as one autograd node.
+
+    groups: [(tensor, members)], all whose gradients are wanted: a tensor that `run` uses stands for its members, those
+    that autograd knows of, one after the other along the first dimension. Where it is a copy in another dtype, of
+    parameters of linear layers, their gradients are computed in their own. An input stands for itself.
+    """
+    if not torch.is_grad_enabled():
+        return run(tape)
+    return _apply(run, tape, groups, *(member for _, members in groups for member in members))

@@ -26,7 +26,7 @@ def unpad(
     fit; IndexError, on a GPU a failed assertion there, when `total` exceeds the number of real tokens.
     """
     _expect_mask(x, attention_mask)
-    real = attention_mask != 0
+    real = attention_mask if attention_mask.dtype == torch.bool else attention_mask != 0
     lengths = real.sum(1)
     if total is None:
         on_host = lengths.tolist()

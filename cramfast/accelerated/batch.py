@@ -4,9 +4,9 @@ B sequences of S places, T real tokens, M of them with a label that counts.
 """
 
 from dataclasses import dataclass
+from operator import add
 
 import torch
-import torch.nn.functional as F
 
 from ..kernels import pad, unpad
 
@@ -35,18 +35,18 @@ class Counts:
 @torch.compiler.disable
 def count(real: torch.Tensor, labels: torch.Tensor | None = None) -> Counts:
     """Counts of real, bool (B, S), and labels (B, S). The host waits for the device once."""
-    labelled = torch.zeros_like(real) if labels is None else labels != IGNORED
-    starts = real & ~F.pad(real, (1, 0))[:, :-1]
-    of_rows = (real, real[:, :1], starts, labelled, labelled & ~real)
-    lengths, first, pieces, predicted, stray = torch.stack([x.sum(1) for x in of_rows]).tolist()
+    of_rows = [real.sum(1), real[:, 0], (real[:, 1:] > real[:, :-1]).sum(1)]
+    if labels is not None:
+        labelled = labels != IGNORED
+        of_rows += [labelled.sum(1), (labelled > real).sum(1)]
+    lengths, first, later, *of_labels = torch.stack(of_rows).tolist()
     return Counts(
-        tokens=sum(lengths),
-        longest=max(lengths),
-        shortest=min(lengths),
-        late=len(first) - sum(first),
-        pieces=max(pieces),
-        predicted=sum(predicted),
-        stray=sum(stray),
+        sum(lengths),
+        max(lengths),
+        min(lengths),
+        len(first) - sum(first),
+        max(map(add, first, later)),
+        *map(sum, of_labels),
     )
 
 
@@ -68,7 +68,7 @@ class Batch:
 
     def flat(self, x: torch.Tensor) -> torch.Tensor:
         """The real places (T, ...) of x (B, S, ...)."""
-        return x.flatten(0, 1) if self.indices is None else x.flatten(0, 1)[self.indices]
+        return x.flatten(0, 1) if self.indices is None else x.flatten(0, 1).index_select(0, self.indices)
 
     def padded(self, x: torch.Tensor) -> torch.Tensor:
         """x (T, C) as (B, S, C), padding is zero."""

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch._utils import _unflatten_dense_tensors
 
 
 class Weights(NamedTuple):
@@ -57,26 +56,19 @@ def copied(groups_of_layers: list[Groups], dtype: torch.dtype) -> list[Weights]:
     """The same of all layers in one go, unknown to autograd; what needs no copy is the parameter itself."""
     made, targets, sources = [], [], []
     for groups in groups_of_layers:
-        copies = [group for group in groups if group is not None and (len(group) > 1 or group[0].dtype != dtype)]
-        parameters = [parameter for group in copies for parameter in group]
-        flat = parameters[0].new_empty(sum(map(torch.numel, parameters)), dtype=dtype) if parameters else None
-        views = _unflatten_dense_tensors(flat, parameters) if parameters else ()
-        targets += views
-        sources += parameters
-        made.append(Weights(*_whole(groups, copies, iter(views))))
+        wholes = []
+        for group in groups:
+            whole = None if group is None else group[0]
+            if whole is not None and len(group) > 1:
+                whole = whole.new_empty((len(group) * whole.shape[0], *whole.shape[1:]), dtype=dtype)
+                targets += whole.chunk(len(group))
+                sources += group
+            elif whole is not None and whole.dtype != dtype:
+                whole = torch.empty_like(whole, dtype=dtype)
+                targets.append(whole)
+                sources += group
+            wholes.append(whole)
+        made.append(Weights(*wholes))
     if targets:
         torch._foreach_copy_(targets, sources)
     return made
-
-
-def _whole(groups, copies, views):
-    """One tensor for each group, over the views of its parameters, which lie one behind the other."""
-    waiting = iter(copies)
-    following = next(waiting, None)
-    for group in groups:
-        if group is None or group is not following:
-            yield None if group is None else group[0]
-            continue
-        first, *rest = [next(views) for _ in group]
-        yield first.as_strided((len(group) * len(first), *first.shape[1:]), first.stride()) if rest else first
-        following = next(waiting, None)

@@ -307,7 +307,7 @@ def reads_back(step: TrainStep, when) -> None:
     def reading(input_ids, *arguments):
         loss = forward(input_ids, *arguments)
         if when(input_ids.numel()):
-            assert loss.item() > 0
+            loss.item()
         return loss
 
     step.model.forward = reading

@@ -55,9 +55,11 @@ class Graphs:
             return
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            work()
-        current.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                work()
+        finally:  # who cleans up after a failure does so behind what was begun
+            current.wait_stream(self._stream)
 
     def _capture(self, key: Hashable, work: Callable[[], None]) -> bool:
         """Make `work`, which does not run, the graph of `key`; returns whether it can be one."""

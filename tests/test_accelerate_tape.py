@@ -236,7 +236,7 @@ def test_what_a_layer_costs_the_host(monkeypatch):
     operations, launches, nodes = ((y - x) / 2 for x, y in zip(few, more, strict=True))
     # Products: 4 forward, 8 back; dropout: 2 and 2; sums of biases: 4; the rest are allocations, two or three a kernel,
     # and on a CPU the conversions that stand in for products with a result of 32 bits.
-    assert operations <= (49 if NATIVE else 57), operations
+    assert operations <= (55 if NATIVE else 63), operations
     assert launches <= 11
     assert nodes == 1
 

@@ -90,6 +90,7 @@ KNOWN_MISSES = {
     ("varlen_attention/fwd+bwd/ragged-16-128-rotary", bars.SPEED, "cramfast"),
     ("mlm_loss/fwd+bwd", bars.SPEED, "torch-compile"),
     ("mlm_loss/fwd+bwd", bars.SPEED, "liger"),
+    ("accelerate/train/glue-mnli", bars.SPEED, "hf-eager"),
 }
 
 

@@ -52,6 +52,16 @@ def _sees(low, size, place):
 
 
 @triton.jit
+def _sees_tile(low, size, TILE: tl.constexpr):
+    """The same for the tokens of a tile and all of its places, (TILE, TILE)."""
+    # In eights, which is how the results of matrix products lie in registers: which eight it is, is then known when
+    # compiling, and only two of the other numbers are left to a thread. Else it computes, or keeps, all its places.
+    eight, rest = 8 * tl.arange(0, TILE // 8), tl.arange(0, 8)
+    place = (rest[None, None, :] - low[:, None, None]) + eight[None, :, None]
+    return tl.reshape(place.to(tl.uint32) < size[:, None, None], (TILE, TILE))
+
+
+@triton.jit
 def _load(pointer, rows, valid, STRIDE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):
     """Rows `rows` from `pointer` on, (rows, WIDTH): 0 where not `valid` and beyond D."""
     column = tl.arange(0, WIDTH)
@@ -221,7 +231,7 @@ def forward_tile(
         v = _load(qkv + 2 * H * D, place, valid, ROW, D, WIDTH, MASKED)
         s = tl.dot(q, tl.trans(k))
         if MASKED:
-            s = tl.where(_sees(low[:, None], size[:, None], place[None, :]), s, float("-inf"))
+            s = tl.where(_sees_tile(low, size, TILE), s, float("-inf"))
         m = tl.max(s, 1) * (scale * LOG2_E)
         p = tl.exp2(s * (scale * LOG2_E) - m[:, None])
         total = tl.sum(p, 1)
@@ -282,7 +292,7 @@ def backward_tile(
         lse = _load_vector(lse_ptr + head.to(tl.int64) * T + start, place, valid, MASKED)
         p = tl.exp2(tl.dot(q, tl.trans(k)) * (scale * LOG2_E) - lse[:, None])
         if MASKED:
-            p = tl.where(_sees(low[:, None], size[:, None], place[None, :]), p, 0.0)
+            p = tl.where(_sees_tile(low, size, TILE), p, 0.0)
         dp = tl.dot(do, tl.trans(v))
         dropped = p
         if seed_ptr is not None:

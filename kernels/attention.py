@@ -35,13 +35,12 @@ from .attention_settings import (
     launch_for,
     setting_for,
     tile_for,
-    turns_in,
 )
 from .dispatch import pick
 from .launch import capability_of, ceil_div, contiguous, dtype_of, multiprocessors
 from .long_attention import long_attention, rotate, turn
 from .operator import Operator, define
-from .rotary import token_angles, turn_back_, turn_packed
+from .rotary import token_angles, turn_packed
 from .sequences import group_sequences, sequence_positions
 
 _NO_WINDOW = -1
@@ -80,8 +79,8 @@ def varlen_attention_reference(
     return out_BSHD.reshape(total, heads, head_size) if uniform else out_BSHD[sequence, position]
 
 
-def _tile(device: torch.device, head_size: int, longest: int, dropout: bool) -> int:
-    return tile_for(head_size, longest, dropout, capability_of(device))
+def _tile(device: torch.device, head_size: int, longest: int, rotary: bool, dropout: bool) -> int:
+    return tile_for(head_size, longest, rotary, dropout, capability_of(device))
 
 
 _remembered_tile = functools.lru_cache(_tile)
@@ -92,10 +91,6 @@ def _setting(qkv, groups, angles, tile) -> Setting:
     return setting_for(
         tile, int(qkv.shape[-1]), groups is not None, angles is not None, _remembered_capability(qkv.device)
     )
-
-
-def _turned_apart(qkv, groups, angles, tile) -> bool:
-    return angles is not None and not turns_in(tile, groups is not None, _remembered_capability(qkv.device))
 
 
 def _run(kernel, tuning, tensors, qkv, groups, tile, longest, scale, window, dropout):
@@ -112,9 +107,8 @@ def _run(kernel, tuning, tensors, qkv, groups, tile, longest, scale, window, dro
 def attention_forward(qkv, groups, bounds, angles, seed, tile, longest, scale, window, dropout):
     """(out, lse, turned); turned is None unless it takes qkv's place in the backward pass."""
     qkv, turned = qkv.contiguous(), None
-    if _turned_apart(qkv, groups, angles, tile):
+    if angles is not None and not tile:
         qkv = turned = turn_packed(qkv, angles)
-        angles = None
     total, _, heads, head_size = qkv.shape
     out, lse = qkv.new_empty(total, heads, head_size), qkv.new_empty(heads, total, dtype=torch.float32)
     setting, rest = _setting(qkv, groups, angles, tile), (qkv, groups, tile, longest, scale, window, dropout)
@@ -130,12 +124,8 @@ def attention_backward(dout, qkv, out, lse, groups, bounds, angles, seed, tile, 
     dqkv = torch.empty_like(qkv)
     setting, rest = _setting(qkv, groups, angles, tile), (qkv, groups, tile, longest, scale, window, dropout)
     if tile:
-        apart = _turned_apart(qkv, groups, angles, tile)
-        options = (groups, bounds, None if apart else angles, seed)
-        _run(backward_tile, setting.backward, (dout, qkv, lse, *options, dqkv), *rest)
-        if apart:
-            turn_back_(dqkv, angles)
-    else:  # whose kernels turn back what they write
+        _run(backward_tile, setting.backward, (dout, qkv, lse, groups, bounds, angles, seed, dqkv), *rest)
+    else:
         delta, options = torch.empty_like(lse), (groups, bounds, angles, seed)
         _run(backward_queries, setting.backward, (dout, qkv, out, lse, *options, dqkv, delta), *rest)
         _run(backward_keys, setting.backward_keys, (dout, qkv, lse, delta, *options, dqkv), *rest)
@@ -145,7 +135,8 @@ def attention_backward(dout, qkv, out, lse, groups, bounds, angles, seed, tile, 
 def _save(ctx, inputs, results):
     qkv, groups, bounds, angles, seed, *ctx.settings = inputs
     out, lse, turned = results
-    source = turned if _turned_apart(qkv, groups, angles, ctx.settings[0]) else qkv
+    tile = ctx.settings[0]
+    source = qkv if tile or angles is None else turned
     ctx.save_for_backward(source, out, lse, groups, bounds, angles, seed)
 
 
@@ -227,7 +218,7 @@ def attention_layout(cu_seqlens, total, head_size, max_seqlen, *, cos, sin, soft
     """What the kernels are told of a batch of `total` tokens besides qkv, the same for every layer that has these
     options: the tensors (groups, bounds, angles) and the settings (tile, longest, scale, window, dropout)."""
     choose_tile = _tile if torch.compiler.is_compiling() else _remembered_tile  # tracing warns of a cache
-    tile = choose_tile(cu_seqlens.device, head_size, max_seqlen, dropout_p > 0)
+    tile = choose_tile(cu_seqlens.device, head_size, max_seqlen, cos is not None, dropout_p > 0)
     groups = bounds = angles = None
     # Where the sequences just fill their tiles or blocks, nothing needs a mask.
     fitting = max_seqlen == tile if tile else max_seqlen % BLOCK == 0
@@ -235,7 +226,8 @@ def attention_layout(cu_seqlens, total, head_size, max_seqlen, *, cos, sin, soft
     if not (fitting and full and window is None and head_size != 96):
         groups, bounds = group_sequences(cu_seqlens.contiguous(), total, max_seqlen, tile or BLOCK)
     if cos is not None:
-        angles = token_angles(cos, sin, bounds, (tile or max_seqlen) if bounds is None else total)
+        of_positions = tile or (max_seqlen if bounds is None else 0)
+        angles = token_angles(cos, sin, None if of_positions else bounds, of_positions or total)
     scale = head_size**-0.5 if softmax_scale is None else softmax_scale
     window = _NO_WINDOW if window is None else min(window, max_seqlen)
     return (groups, bounds, angles), (tile, max_seqlen, scale, window, dropout_p)

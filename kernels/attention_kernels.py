@@ -105,52 +105,96 @@ def _store_vector(pointer, x, rows, valid, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _angles(angles_ptr, rows, valid, D: tl.constexpr, MASKED: tl.constexpr):
-    """cos and sin of `rows` from `angles_ptr` on, (rows, D / 2) each; anything where there are no angles."""
-    if angles_ptr is None:
-        return rows, rows
-    else:
-        cos = _load(angles_ptr, rows, valid, D, D // 2, D // 2, MASKED)
-        return cos, _load(angles_ptr + D // 2, rows, valid, D, D // 2, D // 2, MASKED)
+def _load_halves(pointer, rows, valid, STRIDE: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
+    """The first and the second half of the columns, (rows, D / 2) each."""
+    HALF: tl.constexpr = D // 2
+    x1 = _load(pointer, rows, valid, STRIDE, HALF, HALF, MASKED)
+    return x1, _load(pointer + HALF, rows, valid, STRIDE, HALF, HALF, MASKED)
+
+
+@triton.jit
+def _store_halves(pointer, x1, x2, rows, valid, STRIDE: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
+    HALF: tl.constexpr = D // 2
+    _store(pointer, x1, rows, valid, STRIDE, HALF, HALF, MASKED)
+    _store(pointer + HALF, x2, rows, valid, STRIDE, HALF, HALF, MASKED)
+
+
+@triton.jit
+def _join(x1, x2, D: tl.constexpr):
+    """Halves side by side, (rows, D). A thread has the same places of both, so nothing moves."""
+    return tl.reshape(tl.permute(tl.join(x1, x2), (0, 2, 1)), (x1.shape[0], D))
+
+
+@triton.jit
+def _split(x, D: tl.constexpr):
+    """The halves of x (rows, D)."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, D // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _turn(x1, x2, cos, sin):
+    """Rotary embedding of both halves, in the dtype they come in."""
+    return (x1 * cos - x2 * sin).to(x1.dtype), (x2 * cos + x1 * sin).to(x1.dtype)
+
+
+@triton.jit
+def _angles(angles_ptr, bounds_ptr, start, place, valid, D: tl.constexpr):
+    """cos and sin for the tokens at `place` in their group, (rows, D / 2) each, in fp32."""
+    position = place
+    if bounds_ptr is not None:
+        position -= tl.load(bounds_ptr + start + place, mask=valid, other=start) - start
+    cos, sin = _load_halves(angles_ptr, position, valid, D, D, False)
+    return cos.to(tl.float32), sin.to(tl.float32)
 
 
 @triton.jit
 def _load_turned(
-    pointer, rows, valid, cos, sin,
-    STRIDE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr, TURNED: tl.constexpr,
+    qkv_ptr, angles_ptr, bounds_ptr, start, place, valid,
+    H: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """As `_load`, and turned by rotary embedding if `TURNED`."""
-    if not TURNED:
-        return _load(pointer, rows, valid, STRIDE, D, WIDTH, MASKED)
-    else:
-        HALF: tl.constexpr = D // 2
-        x1 = _load(pointer, rows, valid, STRIDE, HALF, HALF, MASKED)
-        x2 = _load(pointer + HALF, rows, valid, STRIDE, HALF, HALF, MASKED)
-        y1, y2 = x1, x2
-        # Always so. The compiler does not look through a condition: else it would compute this in the layout of the
-        # matrix product, with every operand on a way of its own through shared memory.
-        if tl.num_programs(0) > 0:
-            c, s = cos.to(tl.float32), sin.to(tl.float32)
-            y1 = (x1 * c - x2 * s).to(x1.dtype)
-            y2 = (x2 * c + x1 * s).to(x1.dtype)
-        return tl.reshape(tl.permute(tl.join(y1, y2), (0, 2, 1)), (rows.shape[0], D))
+    """q and k of a group, turned."""
+    q1, q2 = _load_halves(qkv_ptr, place, valid, 3 * H * D, D, MASKED)
+    k1, k2 = _load_halves(qkv_ptr + H * D, place, valid, 3 * H * D, D, MASKED)
+    # Always so. What is under a condition the compiler leaves there. Else it would copy the angles to shared memory
+    # ahead, past the cache of the multiprocessor, which holds all of them; and would turn q once more, in the layout
+    # of the matrix product.
+    if tl.num_programs(0) > 0:
+        cos, sin = _angles(angles_ptr, bounds_ptr, start, place, valid, D)
+        q1, q2 = _turn(q1, q2, cos, sin)
+        k1, k2 = _turn(k1, k2, cos, sin)
+    return _join(q1, q2, D), _join(k1, k2, D)
 
 
 @triton.jit
 def _store_unturned(
+    dqkv_ptr, dq, dk, angles_ptr, bounds_ptr, start, place, valid,
+    H: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Store the gradients of turned q and k as those of q and k before. They are rounded first, as PyTorch's are: in
+    16 bits they go through shared memory to the threads that have the angles."""
+    q1, q2 = _split(dq.to(dqkv_ptr.dtype.element_ty), D)
+    k1, k2 = _split(dk.to(dqkv_ptr.dtype.element_ty), D)
+    if tl.num_programs(0) > 0:  # as in `_load_turned`
+        cos, sin = _angles(angles_ptr, bounds_ptr, start, place, valid, D)
+        q1, q2 = _turn(q1, q2, cos, -sin)
+        k1, k2 = _turn(k1, k2, cos, -sin)
+    _store_halves(dqkv_ptr, q1, q2, place, valid, 3 * H * D, D, MASKED)
+    _store_halves(dqkv_ptr + H * D, k1, k2, place, valid, 3 * H * D, D, MASKED)
+
+
+@triton.jit
+def _store_block_unturned(
     pointer, dx, rows, valid, angles_ptr,
     STRIDE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Store a gradient; where there are angles, that of turned rows as that of the rows before."""
+    """Store a block's gradient; where there are angles, of its `rows`, that of turned rows as that of rows before."""
     if angles_ptr is None:
         _store(pointer, dx, rows, valid, STRIDE, D, WIDTH, MASKED)
     else:
-        HALF: tl.constexpr = D // 2
-        dy1, dy2 = tl.split(tl.permute(tl.reshape(dx, (rows.shape[0], 2, HALF)), (0, 2, 1)))
-        cos, sin = _angles(angles_ptr, rows, valid, D, MASKED)
-        c, s = cos.to(tl.float32), sin.to(tl.float32)
-        _store(pointer, dy1 * c + dy2 * s, rows, valid, STRIDE, HALF, HALF, MASKED)
-        _store(pointer + HALF, dy2 * c - dy1 * s, rows, valid, STRIDE, HALF, HALF, MASKED)
+        cos, sin = _load_halves(angles_ptr, rows, valid, D, D, MASKED)
+        x1, x2 = _split(dx, D)
+        x1, x2 = _turn(x1, x2, cos.to(tl.float32), -sin.to(tl.float32))
+        _store_halves(pointer, x1, x2, rows, valid, STRIDE, D, MASKED)
 
 
 @triton.jit
@@ -191,7 +235,7 @@ def forward_tile(
     qkv_ptr,  # (T, 3, H, D)
     groups_ptr,  # (1 + groups, 2) or None
     bounds_ptr,  # (2, T) or None
-    angles_ptr,  # (T, D), cos and sin side by side, (TILE, D) without groups, or None
+    angles_ptr,  # (TILE, D), cos and sin side by side, by position, or None
     seed_ptr,  # (1,) or None
     out_ptr,  # (T, H, D)
     lse_ptr,  # (H, T): log2 of each row's sum of exponentials
@@ -208,7 +252,6 @@ def forward_tile(
     WINDOWED: tl.constexpr,
 ):
     MASKED: tl.constexpr = groups_ptr is not None
-    TURNED: tl.constexpr = angles_ptr is not None
     ROW: tl.constexpr = 3 * H * D
     if MASKED:
         count = tl.load(groups_ptr)
@@ -219,15 +262,14 @@ def forward_tile(
         head = item % H
         start, length = _group(groups_ptr, item // H, TILE)
         valid = place < length
-        angles = angles_ptr
         if MASKED:
             low, size = _sight(bounds_ptr, start, place, valid, T, window, WINDOWED)
-            if TURNED:
-                angles += start.to(tl.int64) * D
         qkv = qkv_ptr + start.to(tl.int64) * ROW + head * D
-        cos, sin = _angles(angles, place, valid, D, MASKED)
-        q = _load_turned(qkv, place, valid, cos, sin, ROW, D, WIDTH, MASKED, TURNED)
-        k = _load_turned(qkv + H * D, place, valid, cos, sin, ROW, D, WIDTH, MASKED, TURNED)
+        if angles_ptr is None:
+            q = _load(qkv, place, valid, ROW, D, WIDTH, MASKED)
+            k = _load(qkv + H * D, place, valid, ROW, D, WIDTH, MASKED)
+        else:
+            q, k = _load_turned(qkv, angles_ptr, bounds_ptr, start, place, valid, H, D, MASKED)
         v = _load(qkv + 2 * H * D, place, valid, ROW, D, WIDTH, MASKED)
         s = tl.dot(q, tl.trans(k))
         if MASKED:
@@ -249,7 +291,7 @@ def backward_tile(
     lse_ptr,  # (H, T)
     groups_ptr,  # (1 + groups, 2) or None
     bounds_ptr,  # (2, T) or None
-    angles_ptr,  # (T, D), cos and sin side by side, (TILE, D) without groups, or None
+    angles_ptr,  # (TILE, D), cos and sin side by side, by position, or None
     seed_ptr,  # (1,) or None
     dqkv_ptr,  # (T, 3, H, D)
     T,
@@ -265,7 +307,6 @@ def backward_tile(
     WINDOWED: tl.constexpr,
 ):
     MASKED: tl.constexpr = groups_ptr is not None
-    TURNED: tl.constexpr = angles_ptr is not None
     ROW: tl.constexpr = 3 * H * D
     if MASKED:
         count = tl.load(groups_ptr)
@@ -276,16 +317,15 @@ def backward_tile(
         head = item % H
         start, length = _group(groups_ptr, item // H, TILE)
         valid = place < length
-        angles = angles_ptr
         if MASKED:
             low, size = _sight(bounds_ptr, start, place, valid, T, window, WINDOWED)
-            if TURNED:
-                angles += start.to(tl.int64) * D
         here = start.to(tl.int64) * ROW + head * D
         qkv, dqkv = qkv_ptr + here, dqkv_ptr + here
-        cos, sin = _angles(angles, place, valid, D, MASKED)
-        q = _load_turned(qkv, place, valid, cos, sin, ROW, D, WIDTH, MASKED, TURNED)
-        k = _load_turned(qkv + H * D, place, valid, cos, sin, ROW, D, WIDTH, MASKED, TURNED)
+        if angles_ptr is None:
+            q = _load(qkv, place, valid, ROW, D, WIDTH, MASKED)
+            k = _load(qkv + H * D, place, valid, ROW, D, WIDTH, MASKED)
+        else:
+            q, k = _load_turned(qkv, angles_ptr, bounds_ptr, start, place, valid, H, D, MASKED)
         v = _load(qkv + 2 * H * D, place, valid, ROW, D, WIDTH, MASKED)
         dout = dout_ptr + start.to(tl.int64) * (H * D) + head * D
         do = _load(dout, place, valid, H * D, D, WIDTH, MASKED)
@@ -304,9 +344,13 @@ def backward_tile(
         delta = tl.sum(p * dp, 1)
         ds = (p * (dp - delta[:, None])).to(q.dtype)
         dk = tl.dot(tl.trans(ds), q) * scale
-        _store_unturned(dqkv + H * D, dk, place, valid, angles, ROW, D, WIDTH, MASKED)
+        if angles_ptr is None:
+            _store(dqkv + H * D, dk, place, valid, ROW, D, WIDTH, MASKED)
         dq = tl.dot(ds, k) * scale
-        _store_unturned(dqkv, dq, place, valid, angles, ROW, D, WIDTH, MASKED)
+        if angles_ptr is None:
+            _store(dqkv, dq, place, valid, ROW, D, WIDTH, MASKED)
+        else:
+            _store_unturned(dqkv, dq, dk, angles_ptr, bounds_ptr, start, place, valid, H, D, MASKED)
 
 
 @triton.jit
@@ -435,7 +479,7 @@ def backward_queries(
         if TURNED:
             angles += (token if MASKED else first) * D
         dq_ptr = dqkv_ptr + token * ROW + head * D
-        _store_unturned(dq_ptr, dq, rows, valid, angles, ROW, D, WIDTH, MASKED)
+        _store_block_unturned(dq_ptr, dq, rows, valid, angles, ROW, D, WIDTH, MASKED)
 
 
 @triton.jit
@@ -508,5 +552,5 @@ def backward_keys(
         if TURNED:
             angles += (token if MASKED else first) * D
         dk_ptr = dqkv_ptr + token * ROW + (H + head) * D
-        _store_unturned(dk_ptr, dk, rows, valid, angles, ROW, D, WIDTH, MASKED)
+        _store_block_unturned(dk_ptr, dk, rows, valid, angles, ROW, D, WIDTH, MASKED)
         _store(dk_ptr + H * D, dv, rows, valid, ROW, D, WIDTH, MASKED)

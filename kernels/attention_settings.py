@@ -38,8 +38,8 @@ class Setting:
 
 
 _SMALL_TILE = Setting(Tuning(4, 1), Tuning(4, 1))
-_SMALL_TURNED_TILE = Setting(Tuning(4, 2, programs=4), Tuning(4, 2, programs=2))
 _LARGE_TILE = Setting(Tuning(8, 2, registers=128, programs=2), Tuning(8, 2, programs=1))
+_LARGE_TURNED_TILE = Setting(Tuning(8, 2, registers=128, programs=2), Tuning(8, 3, programs=1))
 _DENSE_BLOCKS = Setting(Tuning(4, 3), Tuning(4, 3), Tuning(4, 3, registers=128, step=32))
 _BLOCKS = Setting(Tuning(4, 3), Tuning(4, 3, step=32), Tuning(4, 4, step=32))
 _WIDE_BLOCKS = Setting(Tuning(8, 2), Tuning(8, 2), Tuning(8, 2, step=32))
@@ -47,27 +47,20 @@ _WIDE_BLOCKS_OF_120 = Setting(Tuning(8, 2), Tuning(8, 1), Tuning(8, 2, step=32))
 _BLOCKS_BEFORE_HOPPER = Setting(Tuning(4, 2), Tuning(4, 2), Tuning(4, 2, step=32))
 
 
-def tile_for(head_size: int, longest: int, dropout: bool, capability: int) -> int:
+def tile_for(head_size: int, longest: int, rotary: bool, dropout: bool, capability: int) -> int:
     """The tile that holds a group of sequences of up to `longest` tokens on cards of `capability` (90 for 9.0); 0 where
-    blocks serve better: past 128 tokens, and where 128 rows are too much for registers or shared memory."""
-    if head_size <= 64 and longest <= 64 and not (dropout and capability >= 120):
+    blocks serve better: past 128 tokens, and where a tile is too much for registers or shared memory."""
+    if head_size <= 64 and longest <= 64 and not ((rotary or dropout) and capability >= 120):
         return 64
     return 128 if head_size <= 64 and longest <= 128 and not dropout and 90 <= capability < 100 else 0
-
-
-def turns_in(tile: int, masked: bool, capability: int) -> bool:
-    """Whether the kernels turn q and k as they load them, and their gradients back. Otherwise it is done before and
-    after: blocks would turn the same rows again and again, and a large tile with masks has no registers left for it,
-    as a small one on the cards of 12.0."""
-    return capability < 120 if tile == 64 else tile == 128 and not masked
 
 
 def setting_for(tile: int, head_size: int, masked: bool, rotary: bool, capability: int) -> Setting:
     """What runs on cards of `capability` for groups of this tile, see `tile_for`."""
     if tile == 128:
-        return _LARGE_TILE
+        return _LARGE_TURNED_TILE if rotary else _LARGE_TILE
     if tile:
-        return _SMALL_TURNED_TILE if rotary and 90 <= capability < 100 else _SMALL_TILE
+        return _SMALL_TILE
     if head_size > 64:
         return _WIDE_BLOCKS if capability < 120 else _WIDE_BLOCKS_OF_120
     if 90 <= capability < 120:
@@ -111,12 +104,12 @@ def _launches(dtype, capability):
 
 def _pass(dtype, head_size, longest, masked, rotary, dropout, capability):
     """The kernels of a forward and a backward pass of a model with 12 heads."""
-    tile = tile_for(head_size, longest, dropout, capability)
+    tile = tile_for(head_size, longest, rotary, dropout, capability)
     setting = setting_for(tile, head_size, masked, rotary, capability)
     f32, seed = torch.float32, torch.int64 if dropout else None
     groups, angles = (torch.int32 if masked else None,) * 2, torch.float16 if rotary else None
     if tile:
-        options = (*groups, angles if turns_in(tile, masked, capability) else None, seed)
+        options = (*groups, angles, seed)
         kernels = [
             (forward_tile, setting.forward, (dtype, *options, dtype, f32)),
             (backward_tile, setting.backward, (dtype, dtype, f32, *options, dtype)),

@@ -2,10 +2,11 @@
 
     (x1, x2) → (x1 cos − x2 sin, x2 cos + x1 sin),   cos and sin of the token's position in its sequence
 
-`token_angles` lays the angles out as the kernels read them, by token instead of by position, in 16 bits: rounding them
-to float16 errs an eighth of what bfloat16 does when q and k are rounded, and as much as float16 itself does. The
-kernels for short sequences turn q and k as they load them. Where blocks meet many times that would be done as often,
-so for longer sequences `turn_packed` does it once, on a copy that is kept for the backward pass instead of qkv.
+`token_angles` lays the angles out as the kernels read them, cos and sin side by side in 16 bits: rounding them to
+float16 errs an eighth of what bfloat16 does when q and k are rounded, and as much as float16 itself does. The kernels
+for short sequences turn q and k as they load them, by a table of so few positions that a multiprocessor's cache holds
+it. Where blocks meet many times q and k would be turned as often, so for longer sequences `turn_packed` does it once,
+by angles laid out by token, on a copy that is kept for the backward pass instead of qkv.
 
 Source: Su et al., RoFormer, 2104.09864.
 """
@@ -51,30 +52,25 @@ def _angles_kernel(
 def _turn_kernel(
     x_ptr,  # (T, 3, H, 2 HALF)
     angles_ptr,  # (T, 2 HALF), or (PERIOD, 2 HALF)
-    y_ptr,  # (T, 3, H, 2 HALF), may be x
+    y_ptr,  # (T, 3, H, 2 HALF)
     rows,  # T * 3 H
     period,  # tokens after which the angles begin again
     H: tl.constexpr,
     HALF: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
-    BACK: tl.constexpr,
 ):
-    """Turn q and k and copy v; or turn the gradients of q and k back and leave v's."""
+    """Turn q and k and copy v."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     is_value = (row % (3 * H) >= 2 * H)[:, None]
     mask = (row < rows)[:, None] & (column < HALF)[None, :]
-    if BACK:
-        mask = mask & ~is_value
     place = row[:, None] * (2 * HALF) + column[None, :]
     x1 = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
     x2 = tl.load(x_ptr + place + HALF, mask=mask, other=0.0).to(tl.float32)
     angle = angles_ptr + (row // (3 * H) % period)[:, None] * (2 * HALF) + column[None, :]
     cos = tl.where(is_value, 1.0, tl.load(angle, mask=mask, other=0.0).to(tl.float32))
     sin = tl.where(is_value, 0.0, tl.load(angle + HALF, mask=mask, other=0.0).to(tl.float32))
-    if BACK:
-        sin = -sin
     tl.store(y_ptr + place, x1 * cos - x2 * sin, mask=mask)
     tl.store(y_ptr + place + HALF, x2 * cos + x1 * sin, mask=mask)
 
@@ -88,9 +84,9 @@ def _angles_launch(cos_dtype, masked, head_size) -> Launch:
 
 
 @functools.lru_cache
-def _turn_launch(dtype, heads, head_size, back) -> Launch:
+def _turn_launch(dtype, heads, head_size) -> Launch:
     half = head_size // 2
-    constants = {"H": heads, "HALF": half, "WIDTH": triton.next_power_of_2(half), "ROWS": _ROWS, "BACK": back}
+    constants = {"H": heads, "HALF": half, "WIDTH": triton.next_power_of_2(half), "ROWS": _ROWS}
     return Launch(_turn_kernel, (dtype, torch.float16, dtype), ("i64", "i32"), constants, _NUM_WARPS)
 
 
@@ -99,8 +95,7 @@ def _launches(dtype, capability):
     if dtype.itemsize == 2 and capability >= 80:
         for masked in (False, True):
             yield _angles_launch(torch.float32, masked, 64)
-        for back in (False, True):
-            yield _turn_launch(dtype, 12, 64, back)
+        yield _turn_launch(dtype, 12, 64)
 
 
 def _token_angles(cos, sin, bounds, tokens):
@@ -118,7 +113,8 @@ _angles_op = define("token_angles", "(Tensor cos, Tensor sin, Tensor? bounds, Sy
 def token_angles(cos: torch.Tensor, sin: torch.Tensor, bounds: torch.Tensor | None, tokens: int) -> torch.Tensor:
     """cos, sin (P, D/2) by position → float16 (tokens, D), side by side, by token.
 
-    bounds: int32 (2, tokens) as `group_sequences` gives it; None where token and position are the same.
+    bounds: int32 (2, tokens) as `group_sequences` gives it; None where token and position are the same, or for a table
+    of the first `tokens` positions.
     """
     if torch.compiler.is_compiling():
         return _angles_op(cos, sin, bounds, tokens)
@@ -128,17 +124,8 @@ def token_angles(cos: torch.Tensor, sin: torch.Tensor, bounds: torch.Tensor | No
 def turn_packed(qkv: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     """A copy of contiguous qkv (T, 3, H, D) with q and k turned by angles (T, D), or by (S, D) again and again."""
     turned = torch.empty_like(qkv)
-    _turn(qkv, angles, turned, False)
+    heads, head_size = map(int, qkv.shape[2:])
+    rows = qkv.shape[0] * 3 * heads
+    launch = _turn_launch(qkv.dtype, heads, head_size)
+    launch(ceil_div(rows, _ROWS), qkv, angles, turned, rows, angles.shape[0])
     return turned
-
-
-def turn_back_(dqkv: torch.Tensor, angles: torch.Tensor) -> None:
-    """Make the gradient of what `turn_packed` gave, contiguous (T, 3, H, D), that of what it took, in place."""
-    _turn(dqkv, angles, dqkv, True)
-
-
-def _turn(x, angles, y, back):
-    heads, head_size = map(int, x.shape[2:])
-    rows = x.shape[0] * 3 * heads
-    launch = _turn_launch(x.dtype, heads, head_size, back)
-    launch(ceil_div(rows, _ROWS), x, angles, y, rows, angles.shape[0])

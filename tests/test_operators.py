@@ -507,9 +507,9 @@ def attention_calls():
     cos, sin = randn(7, 16), randn(7, 16, seed=1)
     yield "token_angles", (cos, sin, bounds, 12)
     yield "token_angles", (cos, sin, None, 7)
-    angles = torch.ops.cramfast.token_angles(cos, sin, bounds, 12)
     seed = torch.tensor([7], device=DEVICE)
     for tile in (64, 0):
+        angles = torch.ops.cramfast.token_angles(cos, sin, None if tile else bounds, tile or 12)
         for options in ((angles, None, tile, 7, 0.2, -1, 0.0), (None, seed, tile, 7, 0.2, 3, 0.5)):
             yield "varlen_attention", (qkv, groups, bounds, *options)
             out, lse, turned = torch.ops.cramfast.varlen_attention(qkv, groups, bounds, *options)

@@ -191,7 +191,8 @@ def _saved_by_layer(config: ModelConfig, item: int, activations: Activations, fi
     hidden, inner = item * config.hidden_size, item * config.intermediate_size
     pre, gated, statistics = config.norm == "pre", config.activation == "geglu", 2 * _FLOAT32
     kept = activations != "lean"
-    # lse, and as int32 the first token of a sequence and the one past its last; float16 angles.
+    # lse, and as int32 the first token of a sequence and the one past its last; float16 angles, which sequences of up
+    # to 128 tokens need only by position.
     attention = 4 * hidden + _FLOAT32 * config.num_heads + 2 * 4
     attention += 2 * config.head_size if config.positions == "rotary" else 0
     network = hidden * (1 + (kept or not pre)) + statistics

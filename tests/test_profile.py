@@ -81,11 +81,11 @@ def test_kernels_of_a_file_share_names_with_one_kind():
 OWN = own_kernels(every_launch(torch.bfloat16, 90))
 
 
-def test_kernels_that_serve_in_both_directions():
-    names = ["_turn_kernel", "forward_tile", "nvjet_sm90", "backward_tile", "_turn_kernel", "_norm_kernel"]
-    names += ["_turn_kernel", "forward_blocks"]
-    forward, backward = Kind.ATTENTION_FORWARD, Kind.ATTENTION_BACKWARD
-    expected = [forward, forward, Kind.MATMUL, backward, backward, Kind.NORM_FORWARD, forward, forward]
+def test_kernels_of_a_stream():
+    names = ["_turn_kernel", "forward_blocks", "nvjet_sm90", "backward_tile"]
+    names += ["_join_kernel", "_sum_shares_kernel", "_norm_kernel", "_sum_shares_kernel"]
+    expected = [Kind.ATTENTION_FORWARD, Kind.ATTENTION_FORWARD, Kind.MATMUL, Kind.ATTENTION_BACKWARD]
+    expected += [Kind.EMBEDDING, Kind.EMBEDDING, Kind.NORM_FORWARD, Kind.NORM_BACKWARD]
     assert classify(names, OWN) == expected
 
 

@@ -57,16 +57,9 @@ class Neighbour:
     before: str
 
 
-# Kernels that two files launch, or that serve in both directions. The embedding's gradient is what `_join_kernel`
-# finishes.
-NEIGHBOURS = (
-    Neighbour("_sum_shares_kernel", Kind.EMBEDDING, before="_join_kernel"),
-    Neighbour("_turn_kernel", Kind.ATTENTION_BACKWARD, before="backward_tile"),
-)
-_ELSEWHERE = {
-    "_sum_shares_kernel": Kind.NORM_BACKWARD,
-    "_turn_kernel": Kind.ATTENTION_FORWARD,
-}
+# Kernels that two files launch. The embedding's gradient is what `_join_kernel` finishes.
+NEIGHBOURS = (Neighbour("_sum_shares_kernel", Kind.EMBEDDING, before="_join_kernel"),)
+_ELSEWHERE = {"_sum_shares_kernel": Kind.NORM_BACKWARD}
 
 # The first that is found in a name decides: attention and the norm of the gradient are named for products and sums too.
 _LIBRARIES = tuple(

@@ -7,7 +7,7 @@ and no groups are needed.
 
 - `forward_tile`, `backward_tile`: a group is one tile, its scores are on the chip at once. The softmax needs no
   rescaling; backward makes dq, dk and dv in one pass, with delta = rowsum(P * dP) from the tile itself. The programs
-  stay, and load the next group's rows while they compute.
+  may stay for many groups: with three stages they load the next one's rows while they compute, with two after that.
 - `forward_blocks`, `backward_queries`, `backward_keys`: a group spans blocks. The softmax is rescaled from block to
   block; backward goes over the pairs of blocks twice, once for dq and once for dk and dv. That is 7 products where one
   pass takes 5, yet faster: one pass has to add to dk and dv in memory, and holds so much that nothing runs beside it.
@@ -30,6 +30,19 @@ def _group(groups_ptr, index, span):
     else:
         start = tl.load(groups_ptr + 2 + 2 * index)
         return start, tl.load(groups_ptr + 3 + 2 * index) - start
+
+
+@triton.jit
+def _group_early(groups_ptr, index, span):
+    """As `_group`, for a loop whose loads are made turns ahead. Under a condition, which always holds, this one is made
+    at the start of a turn and is there for those that wait for it at the end; else it takes a stage of its own."""
+    if groups_ptr is None:
+        return _group(groups_ptr, index, span)
+    else:
+        start, length = index, index
+        if tl.num_programs(0) > 0:
+            start, length = _group(groups_ptr, index, span)
+        return start, length
 
 
 @triton.jit
@@ -315,7 +328,7 @@ def backward_tile(
     for turn in tl.range(0, (count * H - program + programs - 1) // programs, num_stages=STAGES):
         item = program + turn * programs
         head = item % H
-        start, length = _group(groups_ptr, item // H, TILE)
+        start, length = _group_early(groups_ptr, item // H, TILE)
         valid = place < length
         if MASKED:
             low, size = _sight(bounds_ptr, start, place, valid, T, window, WINDOWED)

@@ -24,7 +24,7 @@ INITIAL_SEED = 0
 _MASK_SEED = 0
 _MASK_RATE = 0.25
 # A learning rate at which many steps on one batch stay finite.
-_OPTIMIZER = OptimizerOptions(lr=1e-4, clip=1.0)
+_OPTIMIZER = OptimizerOptions(lr=1e-4, weight_decay=0.01, clip=1.0)
 _SHARE_OF_FREE_MEMORY = 0.8
 # Weights, gradients and moments of 150 M parameters, and as much again for what is made on the way.
 _MODEL_MIB = 4096

@@ -32,7 +32,7 @@ STATE = {"step": 7, "spent": {"seconds": 0.1 + 0.2, "tokens": 2**53 + 1, "flops"
 def make_model(seed: int = 0, config: ModelConfig = CONFIG) -> tuple[Bert, Optimizer]:
     torch.manual_seed(seed)
     model = Bert(config)
-    return model, Optimizer(Weights(model, torch.float32), OptimizerOptions(lr=1e-3, clip=1.0))
+    return model, Optimizer(Weights(model, torch.float32), OptimizerOptions(lr=1e-3, weight_decay=0.01, clip=1.0))
 
 
 def update(model: Bert, optimizer: Optimizer) -> None:

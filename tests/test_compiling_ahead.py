@@ -157,7 +157,7 @@ def make_step(preset: str, dtype: torch.dtype, activations="keep", optimizer="mu
     shape = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_layers": 2, "num_heads": 1, "intermediate_size": 48}
     model = Bert(replace(PRESETS[preset], **shape)).to(DEVICE).train()
     model.activations = activations
-    options = OptimizerOptions(optimizer=optimizer, lr=1e-3, muon_lr=1e-2, clip=1.0)
+    options = OptimizerOptions(optimizer=optimizer, lr=1e-3, muon_lr=1e-2, weight_decay=0.01, clip=1.0)
     return TrainStep(model, options, SPECIAL, dtype, 0, graphs=graphs)
 
 

@@ -25,6 +25,7 @@ from cramfast.errors import UserError
 # A value other than any recipe's, for every setting that a recipe fills.
 OTHER = {
     "lr": 3e-4,
+    "weight_decay": 0.05,
     "clip": 2.0,
     "layout": "packed",
     "order": "shuffled",

@@ -31,7 +31,7 @@ def train_step(dtype: torch.dtype) -> TrainStep:
     torch.manual_seed(0)
     config = replace(PRESETS["cramfast-tiny"], vocab_size=VOCABULARY)
     model = Bert(config).cuda()
-    return TrainStep(model, OptimizerOptions(lr=1e-3, clip=1.0), SPECIAL, dtype, seed=0)
+    return TrainStep(model, OptimizerOptions(lr=1e-3, weight_decay=0.01, clip=1.0), SPECIAL, dtype, seed=0)
 
 
 @pytest.mark.parametrize("ragged", [False, True])

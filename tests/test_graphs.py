@@ -26,7 +26,7 @@ needs_gpu = pytest.mark.skipif(not NATIVE, reason="needs a CUDA device")
 
 VOCABULARY = 512
 SPECIAL = SpecialIds(pad=0, cls=2, sep=3, mask=4, ordinary=(5, VOCABULARY))
-OPTIONS = OptimizerOptions(lr=1e-3, clip=1.0)
+OPTIONS = OptimizerOptions(lr=1e-3, weight_decay=0.01, clip=1.0)
 FAMILIES = ("bert-mini", "crammed-bert", "cramfast-tiny")
 TOKENS, LONGEST, RATE = 2048, 64, 0.25
 PARTS = (1, 3, 2, 1, 2)  # microbatches of one update after the other

@@ -149,7 +149,8 @@ def test_the_order_of_a_step_tells_apart_what_files_share(monkeypatch, positions
     monkeypatch.setattr(Launch, "__call__", watched)
     model = Bert(replace(TINY, positions=positions), activations=activations).to(device)
     special = SpecialIds(pad=0, cls=2, sep=3, mask=4, ordinary=(5, TINY.vocab_size))
-    step = TrainStep(model, OptimizerOptions(lr=1e-3, clip=1.0), special, torch.float32, 0, graphs=False)
+    options = OptimizerOptions(lr=1e-3, weight_decay=0.01, clip=1.0)
+    step = TrainStep(model, options, special, torch.float32, 0, graphs=False)
     batch = Batch(torch.arange(5, 21), torch.tensor([0, 8, 16], dtype=torch.int32), 8, 128, Cursor()).to(device)
     for microbatch in range(2):
         step.accumulate(batch, 0.25, microbatch, 0.5)

@@ -27,15 +27,15 @@ if __name__ == "cramfast.kernels":
     from .select_rows import select_rows, select_rows_reference
     from .selftest import Finding, selftest
     from .sequences import group_sequences, sequence_positions
-    from .tape import Layouts, Nodes, Tape, one_node, tape_serves
+    from .tape import Nodes, Pass, Tape, one_node, tape_serves
 
     __all__ = [
         "LONGEST",
         "OPERATORS",
         "Finding",
         "Launch",
-        "Layouts",
         "Nodes",
+        "Pass",
         "Tape",
         "adamw",
         "adamw_rates",

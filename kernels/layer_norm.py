@@ -10,7 +10,13 @@ rstd. With xhat = (x - mean) * rstd and g = dy * weight:
 Backward is one pass: each program walks over many rows, keeps its share of dweight and dbias in registers, and a second
 small kernel adds the shares up in a fixed order. On request (`torch.ops.cramfast.layer_norm_backward`) it writes y once
 more, for a layer that keeps only the statistics. Statistics are fp32 whatever the dtype of x (fp64 for fp64, which runs
-as the reference). Source: Ba, Kiros, Hinton, "Layer Normalization", 1607.06450.
+as the reference).
+
+What is added to the residual can have dropout in front (for `tape.py`): 0 or 1 / (1 - dropout) times x, from random
+numbers that a counter gives, the same in both passes.
+
+Sources: Ba, Kiros, Hinton, "Layer Normalization", 1607.06450; the random numbers: Salmon et al., "Parallel random
+numbers: as easy as 1, 2, 3", 2011.
 """
 
 import functools
@@ -58,16 +64,33 @@ def add_layer_norm_reference(x, residual, weight, bias=None, eps=1e-5):
 
 
 @triton.jit
+def _kept(seed_ptr, stream, row, dropout, TILE: tl.constexpr, TILES: tl.constexpr):
+    """1 / (1 - dropout) for what is kept of rows `row`, else 0. A counter gives four numbers, one for each tile.
+    Attention's counters end with 0; `stream` is another for each dropout that has the same seed."""
+    tl.static_assert(TILES <= 4)
+    column = tl.arange(0, TILE)
+    bits = tl.philox(tl.load(seed_ptr), row.to(tl.int32)[:, None], column[None, :], 0, stream)
+    factors = ()
+    for i in tl.static_range(TILES):
+        kept = tl.uint_to_uniform_float(bits[i]) >= dropout
+        factors = factors + (tl.where(kept, 1.0 / (1.0 - dropout), 0.0),)
+    return factors
+
+
+@triton.jit
 def _norm_kernel(
     x_ptr,  # (rows, C)
     residual_ptr,  # (rows, C) or None
     weight_ptr,  # (C,)
     bias_ptr,  # (C,) or None
+    seed_ptr,  # (1,), where x has dropout
     y_ptr,  # (rows, C)
     s_ptr,  # (rows, C), where there is a residual
     statistics_ptr,  # (2, rows): mean and rstd
     rows,
+    stream,
     eps,
+    dropout,
     C: tl.constexpr,
     TILE: tl.constexpr,
     TILES: tl.constexpr,
@@ -76,6 +99,8 @@ def _norm_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = row < rows
     x = widen(load_rows(x_ptr, row, valid, C, TILE, TILES), TILES)
+    if seed_ptr is not None:
+        x = multiply_rows(x, _kept(seed_ptr, stream, row, dropout, TILE, TILES), TILES)
     if residual_ptr is not None:
         s = add_rows(x, widen(load_rows(residual_ptr, row, valid, C, TILE, TILES), TILES), TILES)
         x = ()
@@ -100,11 +125,15 @@ def _norm_backward_kernel(
     x_ptr,  # (rows, C)
     weight_ptr,  # (C,)
     bias_ptr,  # (C,) or None
+    seed_ptr,  # (1,), where a part of x had dropout
     statistics_ptr,  # (2, rows)
     dx_ptr,  # (rows, C)
+    dpart_ptr,  # (rows, C), the gradient of that part before dropout
     y_ptr,  # (rows, C) or None: the forward pass's output, computed again
     partial_ptr,  # (1 or 2, programs, C): each program's dweight and, where there is a bias, dbias
     rows,
+    stream,
+    dropout,
     C: tl.constexpr,
     TILE: tl.constexpr,
     TILES: tl.constexpr,
@@ -131,6 +160,9 @@ def _norm_backward_kernel(
         if ds_ptr is not None:
             dx = add_rows(dx, widen(ds, TILES), TILES)
         store_rows(dx_ptr, dx, row, valid, C, TILE, TILES)
+        if seed_ptr is not None:
+            dpart = multiply_rows(dx, _kept(seed_ptr, stream, row, dropout, TILE, TILES), TILES)
+            store_rows(dpart_ptr, dpart, row, valid, C, TILE, TILES)
         if y_ptr is not None:
             bias = None
             if bias_ptr is not None:
@@ -175,24 +207,34 @@ def _sum_shares_kernel(
         tl.store(dbias_ptr + column, tl.sum(dbias, 0), mask=column < C)
 
 
+def _row_in_lane(dropout):
+    """Bytes of a row in a lane at the most. Random numbers go by the tiles, so those are the same forward and backward,
+    and take registers of the backward pass."""
+    return 48 if dropout else 64
+
+
 @functools.lru_cache
-def forward_launch(hidden, dtype, weight_dtype, bias_dtype, add) -> Launch:
+def forward_launch(hidden, dtype, weight_dtype, bias_dtype, add, dropout=False) -> Launch:
     """The forward kernel for rows of `hidden` elements; bias_dtype None: no bias; add: with a residual."""
-    tiling = row_tiling(hidden, dtype.itemsize, num_warps=4)
-    second = dtype if add else None
-    pointers = (dtype, second, weight_dtype, bias_dtype, dtype, second, torch.float32)
-    return Launch(_norm_kernel, pointers, ("i64", "fp32"), tiling.constants, tiling.num_warps)
+    tiling = row_tiling(hidden, dtype.itemsize, num_warps=4, row_in_lane=_row_in_lane(dropout))
+    second, seed = dtype if add else None, torch.int64 if dropout else None
+    pointers = (dtype, second, weight_dtype, bias_dtype, seed, dtype, second, torch.float32)
+    return Launch(_norm_kernel, pointers, ("i64", "i32", "fp32", "fp32"), tiling.constants, tiling.num_warps)
 
 
 @functools.lru_cache
-def backward_launch(hidden, dtype, weight_dtype, bias_dtype, add, recompute) -> Launch:
+def backward_launch(hidden, dtype, weight_dtype, bias_dtype, add, recompute, dropout=False) -> Launch:
     """The backward kernel; add: with a gradient of the sum; recompute: with the output of the forward pass."""
     # Two rows of 768 in 16 bits: they lie there twice, as loaded for the next turn and as float32.
     room = 96 if dtype.itemsize == 2 else 48
-    tiling = row_tiling(hidden, dtype.itemsize, bytes_in_lane=0 if recompute else room)
+    tiling = row_tiling(
+        hidden, dtype.itemsize, bytes_in_lane=0 if recompute or dropout else room, row_in_lane=_row_in_lane(dropout)
+    )
     ds, y = dtype if add else None, dtype if recompute else None
-    pointers = (dtype, ds, dtype, weight_dtype, bias_dtype, torch.float32, dtype, y, torch.float32)
-    return Launch(_norm_backward_kernel, pointers, ("i64",), tiling.constants, tiling.num_warps, ROW_REGISTERS)
+    seed, dpart = (torch.int64, dtype) if dropout else (None, None)
+    pointers = (dtype, ds, dtype, weight_dtype, bias_dtype, seed, torch.float32, dtype, dpart, y, torch.float32)
+    scalars = ("i64", "i32", "fp32")
+    return Launch(_norm_backward_kernel, pointers, scalars, tiling.constants, tiling.num_warps, ROW_REGISTERS)
 
 
 @functools.lru_cache
@@ -208,6 +250,8 @@ def _launches(dtype, _capability):
         parameters = (hidden, dtype, torch.float32, torch.float32)
         yield forward_launch(*parameters, add=True)
         yield from (backward_launch(*parameters, add=True, recompute=recompute) for recompute in (False, True))
+        yield forward_launch(*parameters, add=True, dropout=True)
+        yield from (backward_launch(*parameters, add=add, recompute=False, dropout=True) for add in (False, True))
     yield from (
         forward_launch(768, dtype, dtype, None, add=False),
         backward_launch(768, dtype, dtype, None, False, False),
@@ -215,16 +259,16 @@ def _launches(dtype, _capability):
     yield sum_launch(768, torch.float32, torch.float32)
 
 
-def norm_forward(x, residual, weight, bias, eps):
-    """(y, s, statistics (2, rows)); s is None without a residual."""
+def norm_forward(x, residual, weight, bias, eps, seed=None, stream=0, dropout=0.0):
+    """(y, s, statistics (2, rows)); s is None without a residual. seed: int64 (1,) or more, where x has dropout."""
     x, residual, weight, bias = contiguous(x, residual, weight, bias)
     y, s = torch.empty_like(x), None if residual is None else torch.empty_like(x)
     hidden = int(weight.shape[0])
     rows = x.numel() // hidden
     statistics = torch.empty((2, rows), dtype=torch.float32, device=x.device)
-    launch = forward_launch(hidden, x.dtype, weight.dtype, dtype_of(bias), s is not None)
+    launch = forward_launch(hidden, x.dtype, weight.dtype, dtype_of(bias), s is not None, seed is not None)
     grid = ceil_div(rows, launch.constants["ROWS"])
-    launch(grid, x, residual, weight, bias, y, s, statistics, rows, eps)
+    launch(grid, x, residual, weight, bias, seed, y, s, statistics, rows, stream, eps, dropout)
     return y, s, statistics
 
 
@@ -243,17 +287,25 @@ def _programs(rows, rows_at_once, num_warps, multiprocessors):
 
 def norm_backward(dy, ds, x, weight, bias, statistics, recompute=False):
     """(dx, dweight, dbias, y); dbias is None without a bias, y unless `recompute`."""
+    return norm_and_dropout_backward(dy, ds, x, weight, bias, statistics, recompute)[:4]
+
+
+def norm_and_dropout_backward(dy, ds, x, weight, bias, statistics, recompute=False, seed=None, stream=0, dropout=0.0):
+    """(dx, dweight, dbias, y, dpart): dx of the sum and so of the residual, dpart of what `norm_forward` was given as
+    x; None without a seed, since then it is the same."""
     dy, ds, x, weight, bias = contiguous(dy, ds, x, weight, bias)
     dx, y = torch.empty_like(x), torch.empty_like(x) if recompute else None
+    dpart = None if seed is None else torch.empty_like(x)
     dweight, dbias = torch.empty_like(weight), None if bias is None else torch.empty_like(bias)
     hidden, rows = int(weight.shape[0]), statistics.shape[1]
-    launch = backward_launch(hidden, x.dtype, weight.dtype, dtype_of(bias), ds is not None, recompute)
+    launch = backward_launch(hidden, x.dtype, weight.dtype, dtype_of(bias), ds is not None, recompute, seed is not None)
     programs = _programs(rows, launch.constants["ROWS"], launch.num_warps, multiprocessors(x.device))
     partial = torch.empty((1 if bias is None else 2, programs, hidden), dtype=torch.float32, device=x.device)
-    launch(programs, dy, ds, x, weight, bias, statistics, dx, y, partial, rows)
+    tensors = (dy, ds, x, weight, bias, seed, statistics, dx, dpart, y, partial)
+    launch(programs, *tensors, rows, stream, dropout)
     launch = sum_launch(hidden, dweight.dtype, dtype_of(dbias))
     launch(ceil_div(hidden, launch.constants["COLUMNS"]), partial, dweight, dbias, programs)
-    return dx, dweight, dbias, y
+    return dx, dweight, dbias, y, dpart
 
 
 def _save(ctx, inputs, results):

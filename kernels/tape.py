@@ -26,10 +26,19 @@ from .attention import attention_backward, attention_forward, attention_layout, 
 from .attention_arguments import expect_attention
 from .dispatch import choose
 from .gelu import geglu, geglu_backward, geglu_forward, gelu, gelu_backward, gelu_forward
-from .layer_norm import add_layer_norm, check_norm, layer_norm, norm_backward, norm_forward
+from .layer_norm import (
+    add_layer_norm,
+    check_norm,
+    layer_norm,
+    norm_and_dropout_backward,
+    norm_backward,
+    norm_forward,
+)
 from .linear import linear
 from .main_grad import product
 from .select_rows import put_back, select_rows
+
+_undrop = torch.ops.aten.native_dropout_backward.default
 
 
 class Nodes:
@@ -38,10 +47,14 @@ class Nodes:
     linear = staticmethod(linear)
     dropout = staticmethod(F.dropout)
     layer_norm = staticmethod(layer_norm)
-    add_layer_norm = staticmethod(add_layer_norm)
     gelu = staticmethod(gelu)
     geglu = staticmethod(geglu)
     select_rows = staticmethod(select_rows)
+
+    @staticmethod
+    def add_layer_norm(x, residual, weight, bias=None, eps=1e-5, dropout_p=0.0):
+        """`add_layer_norm` of x after dropout."""
+        return add_layer_norm(F.dropout(x, dropout_p), residual, weight, bias, eps)
 
     @staticmethod
     def attend(qkv, heads, cu_seqlens, max_seqlen, **options):
@@ -60,29 +73,36 @@ def tape_serves(x: torch.Tensor, heads: int, max_seqlen: int, rotary: bool) -> b
     return all(choose(name, x.device, x.dtype).backend == "triton" for name in operators)
 
 
-class Layouts(dict):
-    """What attention is told of a batch, by its options; for all tapes of one forward pass over that batch."""
+class Pass:
+    """What the tapes of one forward pass over a batch have in common, each of which has a place below `tapes`."""
 
-    def find(self, qkv, cu_seqlens, max_seqlen, *, cos=None, sin=None, window=None, dropout_p=0.0):
-        """As `attention_layout`, for qkv (T, 3, H, D)."""
-        key = (window, dropout_p, id(cos))
-        if key not in self:
+    def __init__(self, tapes: int = 1):
+        self._tapes, self._seeds, self._layouts = tapes, None, {}
+
+    def seed(self, place: int, device: torch.device) -> torch.Tensor:
+        """int64, for the random numbers of that tape; drawn once, so that it is the same when the tape is run again."""
+        if self._seeds is None:
+            # Two each, for addresses that are a multiple of 16.
+            self._seeds = torch.randint(2**62, (self._tapes, 2), device=device).unbind()
+        return self._seeds[place]
+
+    def layout(self, qkv, cu_seqlens, max_seqlen, *, cos=None, sin=None, window=None, dropout_p=0.0):
+        """What `attention_layout` gives for qkv (T, 3, H, D)."""
+        key = (window, dropout_p, id(cos), qkv.shape[-1])
+        if key not in self._layouts:
             expect_attention(qkv, cu_seqlens, max_seqlen, cos, sin, None, window, dropout_p)
             total, _, _, head_size = qkv.shape
             options = {"softmax_scale": None, "window": window, "dropout_p": dropout_p}
             layout = attention_layout(cu_seqlens, total, head_size, max_seqlen, cos=cos, sin=sin, **options)
-            self[key] = (layout, cos)  # whose id is taken as long as it is there
-        return self[key][0]
+            self._layouts[key] = (layout, cos)  # whose id is taken as long as it is there
+        return self._layouts[key][0]
 
 
 class Tape:
-    """Operators that run at once and are noted for a backward pass. They take and give what those of `Nodes` do.
+    """Operators that run at once and are noted for a backward pass. They take and give what those of `Nodes` do."""
 
-    seed: int64 on the device, for attention's dropout.
-    """
-
-    def __init__(self, layouts: Layouts, seed: torch.Tensor | None = None):
-        self._layouts, self._seed = layouts, seed
+    def __init__(self, common: Pass, place: int = 0):
+        self._common, self._place, self._dropouts = common, place, 0
         self.saved, self.steps = [], []
         # By the ids of tensors that have a gradient; and these tensors, without which the ids would go to others.
         self._numbers, self._held, self._dtypes = {}, [], {}
@@ -136,18 +156,30 @@ class Tape:
         self._note(numbers, (y,), back, x, weight, bias, statistics)
         return y
 
-    def add_layer_norm(self, x, residual, weight, bias=None, eps=1e-5):
+    def add_layer_norm(self, x, residual, weight, bias=None, eps=1e-5, dropout_p=0.0):
         check_norm("add_layer_norm", x, weight, bias)
         expect_like("add_layer_norm", "residual", residual, x.shape, x)
-        y, s, statistics = norm_forward(x, residual, weight, bias, eps)
-        dresidual, *others = numbers = self._numbers_of(residual, x, weight, bias)
+        if dropout_p == 1:  # by which the kernel would divide
+            x, dropout_p = self.dropout(x, 1.0), 0.0
+        seed, *dropout = self._dropout(x.device, dropout_p)
+        y, s, statistics = norm_forward(x, residual, weight, bias, eps, seed, *dropout)
+        dresidual, *parameters, dx = self._numbers_of(residual, weight, bias, x)
 
-        def back(gradients, s, weight, bias, statistics, dy, ds):
-            dx, *rest = (ds,) if dy is None else norm_backward(dy, ds, s, weight, bias, statistics)
-            gradients.add_each((dresidual, *others), (dx, dx, *rest))
+        def back(gradients, s, weight, bias, statistics, seed, dy, ds):
+            if dy is None and seed is None:
+                return gradients.add_each((dresidual, dx), (ds, ds))
+            saved = (s, weight, bias, statistics, False, seed, *dropout)
+            dy = torch.zeros_like(ds) if dy is None else dy
+            ds, dweight, dbias, _, before = norm_and_dropout_backward(dy, ds, *saved)
+            gradients.add_each((dresidual, *parameters, dx), (ds, dweight, dbias, ds if before is None else before))
 
-        self._note(numbers, (y, s), back, s, weight, bias, statistics)
+        self._note((dresidual, *parameters, dx), (y, s), back, s, weight, bias, statistics, seed)
         return y, s
+
+    def _dropout(self, device, dropout_p):
+        """(seed, stream, dropout_p) of the next dropout of this tape, without a seed where that does nothing."""
+        self._dropouts += 1
+        return (self._common.seed(self._place, device) if dropout_p > 0 else None), self._dropouts, dropout_p
 
     def gelu(self, x, approximate="none"):
         return self._activate(gelu_forward, gelu_backward, x, approximate)
@@ -163,14 +195,15 @@ class Tape:
     def attend(self, qkv, heads, cu_seqlens, max_seqlen, **options):
         total, width = qkv.shape
         shape = (total, 3, heads, width // (3 * heads))
-        layout, settings = self._layouts.find(qkv.view(shape), cu_seqlens, max_seqlen, **options)
-        seed, dqkv = self._seed if settings[-1] > 0 else None, self.number(qkv)
-        out, lse, turned = attention_forward(qkv.view(shape), *layout, seed, *settings)
+        heads_apart, dqkv = qkv.view(shape), self.number(qkv)
+        layout, settings = self._common.layout(heads_apart, cu_seqlens, max_seqlen, **options)
+        seed = self._common.seed(self._place, qkv.device) if settings[-1] > 0 else None
+        out, lse, turned = attention_forward(heads_apart, *layout, seed, *settings)
         attended = out.view(total, width // 3)
 
         def back(gradients, qkv, out, lse, *rest):
             *constants, dout = rest
-            (grad,) = attention_backward(dout.view_as(out), qkv.view(shape), out, lse, *constants, *settings)
+            (grad,) = attention_backward(dout.reshape(out.shape), qkv.view(shape), out, lse, *constants, *settings)
             gradients.add(dqkv, grad.view(total, width))
 
         self._note((dqkv,), (attended,), back, qkv if turned is None else turned, out, lse, *layout, seed)
@@ -192,16 +225,15 @@ class Tape:
             self.steps.append(([self.follow(output) for output in outputs], back, slice(first, len(self.saved))))
 
 
-def _undrop(dy, mask, scale):
-    return torch.ops.aten.native_dropout_backward(dy, mask, scale)
-
-
 class _Gradients(dict):
     """By number, as far as they are known. given: those that the node is called with, which belong to others."""
 
     def __init__(self, numbers: Iterable[int | None], given: tuple):
-        super().__init__((number, grad) for number, grad in zip(numbers, given, strict=True) if grad is not None)
+        super().__init__()
         self._given = given
+        for number, grad in zip(numbers, given, strict=True):
+            if grad is not None:
+                self.add(number, grad)
 
     def add(self, number: int | None, grad: torch.Tensor) -> None:
         if number is not None:

@@ -11,7 +11,7 @@ import torch
 from conftest import NATIVE
 from torch import nn
 
-from cramfast.kernels import Layouts, Nodes, Tape, one_node, tape_serves
+from cramfast.kernels import Nodes, Pass, Tape, add_layer_norm_reference, one_node, tape_serves
 
 T, C, INNER, HEADS = 24, 64, 48, 2
 ROWS = (1, 5, 6, 20)
@@ -49,7 +49,7 @@ def block(run, x, residual, wide, narrow, twice, norm, next_norm, wide_bias=None
 
 
 def by_tape(given, run=block):
-    return one_node(lambda tape: run(tape, **given), Tape(Layouts()), [(x, (x,)) for x in given.values()])
+    return one_node(lambda tape: run(tape, **given), Tape(Pass()), [(x, (x,)) for x in given.values()])
 
 
 def backward(outputs, given, expanded=False):
@@ -123,7 +123,7 @@ def test_a_tensor_stands_for_several_parameters(dtype):
     x, weight = randn(T, C, seed=4, dtype=dtype), randn(T, 3 * C, seed=5, dtype=dtype)
     whole, bias = (torch.cat(group).detach().to(dtype) for group in (members, biases))
     groups = [(whole, members), (bias, biases)]
-    (z,) = one_node(lambda tape: (tape.linear(x, whole, bias),), Tape(Layouts()), groups)
+    (z,) = one_node(lambda tape: (tape.linear(x, whole, bias),), Tape(Pass()), groups)
     z.backward(weight)
     assert members[2].grad is None and z.dtype == dtype
     expected = weight.double().t() @ x.double()
@@ -140,9 +140,9 @@ def test_attention_and_its_dropout():
     cu_seqlens = torch.tensor([0, 9, 10, 24], dtype=torch.int32, device=DEVICE)
     options = {"cu_seqlens": cu_seqlens, "max_seqlen": 14, "window": 4}
     weight = randn(T, C, seed=3, dtype=torch.float16)
-    layouts, grads = Layouts(), []
+    common, grads = Pass(), []
     for dropout_p in (0.0, 0.5, 0.5):
-        tape = Tape(layouts, torch.tensor([5, 0], device=DEVICE))
+        tape = Tape(common)
         made = one_node(
             lambda tape, p=dropout_p: (tape.attend(qkv, HEADS, **options, dropout_p=p),), tape, [(qkv, (qkv,))]
         )
@@ -150,7 +150,39 @@ def test_attention_and_its_dropout():
     expected = torch.autograd.grad(Nodes.attend(qkv, HEADS, **options), qkv, weight)[0]
     assert torch.equal(grads[0], expected)
     assert torch.equal(grads[1], grads[2]) and not torch.equal(grads[1], expected)
-    assert len(layouts) == 2
+
+
+@pytest.mark.parametrize(("width", "dtype"), [(64, torch.float32), (768, torch.float16), (1000, torch.float32)])
+@pytest.mark.parametrize("p", [0.3, 1.0])
+def test_dropout_in_front_of_a_residual_addition(width, dtype, p):
+    x = randn(T, width, dtype=dtype).abs().add(1).requires_grad_()
+    residual, weight = randn(T, width, seed=1, dtype=dtype).requires_grad_(), randn(width, seed=2).requires_grad_()
+    groups = [(tensor, (tensor,)) for tensor in (x, residual, weight)]
+
+    def run(tape):
+        first, _ = tape.add_layer_norm(x, residual, weight, dropout_p=p)
+        return first, *tape.add_layer_norm(x, residual, weight, dropout_p=p)
+
+    first, y, s = one_node(run, Tape(Pass()), groups)
+    assert p == 1 or not torch.equal(first, y)
+    factor = ((s.float() - residual.float()) / x.float()).detach()
+    kept = factor > 0.5
+    torch.testing.assert_close(factor, kept / (1 - p) if p < 1 else 0 * factor, rtol=1e-2, atol=1e-2)
+    assert abs((~kept).float().mean() - p) < 0.05
+    # Neighbours do not share their fate, in either direction.
+    for shifted in (kept.roll(1, 0), kept.roll(1, 1), kept.roll(width // 3, 1)):
+        assert p == 1 or abs((kept == shifted).float().mean() - p**2 - (1 - p) ** 2) < 0.05
+    weights = [randn(T, width, seed=seed, dtype=dtype) for seed in (5, 6)]
+    for used in ((0, 1), (0,), (1,)):
+        outputs, grads = [(y, s)[i] for i in used], [weights[i] for i in used]
+        mine = torch.autograd.grad(outputs, (x, residual), grads, retain_graph=True)
+        exact = [tensor.detach().double().requires_grad_() for tensor in (x, residual)]
+        dropped = exact[0] * (kept / (1 - p) if p < 1 else 0 * factor)
+        expected = add_layer_norm_reference(dropped, exact[1], weight.detach().double())
+        theirs = torch.autograd.grad([expected[i] for i in used], exact, [grad.double() for grad in grads])
+        for grad, exactly in zip(mine, theirs, strict=True):
+            # A result and two steps on the way are rounded.
+            assert (grad.double() - exactly).norm() <= 3 * torch.finfo(dtype).eps * exactly.norm()
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
@@ -158,7 +190,7 @@ def test_dropout(p):
     x = randn(T, C).requires_grad_()
     weight, bias = torch.eye(C, device=DEVICE).requires_grad_(), torch.ones(C, device=DEVICE)
     groups = [(x, (x,)), (weight, (weight,))]
-    (y,) = one_node(lambda tape: (tape.dropout(tape.linear(x, weight, bias), p),), Tape(Layouts()), groups)
+    (y,) = one_node(lambda tape: (tape.dropout(tape.linear(x, weight, bias), p),), Tape(Pass()), groups)
     kept = y / (x + bias)
     y.backward(torch.ones_like(y))
     assert p == 0 or abs((kept == 0).float().mean() - p) < 0.05
@@ -204,7 +236,7 @@ def test_tensors_are_freed_by_the_backward_pass():
 
 def test_gradients_of_parameters_are_not_copied():
     weight, x = nn.Parameter(randn(C, C)), randn(T, C)
-    (z,) = one_node(lambda tape: (tape.linear(x, weight),), Tape(Layouts()), [(weight, (weight,))])
+    (z,) = one_node(lambda tape: (tape.linear(x, weight),), Tape(Pass()), [(weight, (weight,))])
     made = []
     product = torch.mm
 
@@ -243,7 +275,7 @@ def test_what_a_tape_serves(monkeypatch):
 
 
 def test_operators_check_their_arguments():
-    x, tape = randn(T, C), Tape(Layouts())
+    x, tape = randn(T, C), Tape(Pass())
     with pytest.raises(ValueError, match="layer_norm: weight has shape"):
         tape.layer_norm(x, randn(C - 1))
     with pytest.raises(ValueError, match="add_layer_norm: residual has shape"):

@@ -11,12 +11,14 @@ from functools import partial
 import torch
 from torch import nn
 
-from ..kernels import Layouts, Nodes, Tape, linear, one_node, tape_serves
+from ..kernels import Nodes, Pass, Tape, linear, one_node, tape_serves
 from .batch import Batch
 from .weights import Groups, Weights, copied, groups_of, joined, parameters_of
 
 Run = type[Nodes] | Tape
 """Whose methods compute the operators of a layer."""
+
+NO_DROPOUT = nn.Identity()
 
 
 @dataclass(slots=True)
@@ -59,21 +61,21 @@ class Layer:
     def attend(
         self, run: Run, weights: Weights, x: torch.Tensor, batch: Batch, rows: torch.Tensor | None
     ) -> torch.Tensor:
-        """Attention and what follows it until the residual addition: (T, C) → (T, C), or (M, C) of `rows` alone."""
+        """Attention and the product behind it: (T, C) → (T, C), or (M, C) of `rows` alone."""
         cos, sin = self.tables
         dropout_p = self.attention_dropout if self.module.training else 0.0
         options = {"cos": cos, "sin": sin, "window": self.window, "dropout_p": dropout_p}
         qkv = run.linear(x, weights.qkv, weights.qkv_bias)
         attended = run.attend(qkv, self.heads, batch.cu_seqlens, batch.max_seqlen, **options)
-        return dropped(run, self.out_dropout, run.linear(only(run, attended, rows), weights.out, weights.out_bias))
+        return run.linear(only(run, attended, rows), weights.out, weights.out_bias)
 
     def feed_forward(self, run: Run, weights: Weights, x: torch.Tensor) -> torch.Tensor:
-        """The feed-forward network until the residual addition, (T, C) → (T, C)."""
+        """The feed-forward network, (T, C) → (T, C)."""
         wide = run.linear(x, weights.wide, weights.wide_bias)
         x = (activate_gated if self.gated else activate)(self.activation, wide, run)
         if self.inner_dropout is not None:
             x = dropped(run, self.inner_dropout, x)
-        return dropped(run, self.narrow_dropout, run.linear(x, weights.narrow, weights.narrow_bias))
+        return run.linear(x, weights.narrow, weights.narrow_bias)
 
 
 def expect_plain(kind: type[nn.Module], *modules: nn.Module) -> None:
@@ -99,11 +101,14 @@ def dropped(run: Run, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return module(x)
 
 
-def add_norm(
-    run: Run, norm: nn.LayerNorm, x: torch.Tensor, residual: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(norm(x + residual), x + residual)."""
-    return run.add_layer_norm(x, residual, *parameters_of(norm), norm.eps)
+def add_norm(run: Run, norm: nn.LayerNorm, x: torch.Tensor, residual: torch.Tensor, dropout: nn.Module = NO_DROPOUT):
+    """(norm(x + residual), x + residual), of x after a module for dropout."""
+    p = 0.0
+    if type(dropout) is nn.Dropout:
+        p = dropout.p if dropout.training else p
+    else:
+        x = dropout(x)
+    return run.add_layer_norm(x, residual, *parameters_of(norm), norm.eps, p)
 
 
 def normalised(norm: nn.LayerNorm, x: torch.Tensor, run: Run = Nodes) -> torch.Tensor:
@@ -114,8 +119,9 @@ def post_norm(
     run: Run, layer: Layer, weights: Weights, batch: Batch, rows: torch.Tensor | None, x: torch.Tensor, residual: None
 ):
     """x → norm(x + attention(x)), then the same with the feed-forward network, as BERT. `residual` stays None."""
-    x, _ = add_norm(run, layer.attention_norm, layer.attend(run, weights, x, batch, rows), only(run, x, rows))
-    x, _ = add_norm(run, layer.mlp_norm, layer.feed_forward(run, weights, x), x)
+    attended = layer.attend(run, weights, x, batch, rows)
+    x, _ = add_norm(run, layer.attention_norm, attended, only(run, x, rows), layer.out_dropout)
+    x, _ = add_norm(run, layer.mlp_norm, layer.feed_forward(run, weights, x), x, layer.narrow_dropout)
     return x, residual
 
 
@@ -141,8 +147,8 @@ def pre_norm(
     else:
         x, residual = add_norm(run, norm, x, residual)
     attended = layer.attend(run, weights, x, batch, rows)
-    x, residual = add_norm(run, layer.mlp_norm, attended, only(run, residual, rows))
-    return layer.feed_forward(run, weights, x), residual
+    x, residual = add_norm(run, layer.mlp_norm, attended, only(run, residual, rows), layer.out_dropout)
+    return dropped(run, layer.narrow_dropout, layer.feed_forward(run, weights, x)), residual
 
 
 def run_layers(
@@ -181,7 +187,7 @@ def _fits_tapes(layers: list[Layer], x: torch.Tensor, batch: Batch) -> bool:
     first = layers[0]
     return tape_serves(x, first.heads, batch.max_seqlen, first.tables[0] is not None) and all(
         gelu_form(layer.activation) is not None
-        and {type(layer.out_dropout), type(layer.narrow_dropout), type(layer.inner_dropout)} <= _DROPOUTS
+        and {type(layer.out_dropout), type(layer.narrow_dropout), type(layer.inner_dropout)} <= _TAPED_DROPOUTS
         and (layer is first or layer.attention_norm is not None)
         for layer in layers
     )
@@ -190,27 +196,25 @@ def _fits_tapes(layers: list[Layer], x: torch.Tensor, batch: Batch) -> bool:
 def _taped(layers, block, x, batch, rows):
     """As `_by_nodes`, with a node for each layer."""
     groups = [layer.groups() for layer in layers]
-    weights, layouts = copied(groups, x.dtype), Layouts()
-    seeds = [None] * len(layers)
-    if any(layer.attention_dropout > 0 and layer.module.training for layer in layers):
-        # Two each, for addresses that are a multiple of 16.
-        seeds = torch.randint(2**62, (len(layers), 2), device=x.device).unbind()
+    weights, common = copied(groups, x.dtype), Pass(len(layers))
+    if any(layer.module.training for layer in layers):
+        # Before the first layer, since checkpointing sets torch's generator back to where that began.
+        common.seed(0, x.device)
 
-    def run(layer, groups, weights, seed, rows, x, residual):
+    def run(layer, groups, weights, number, rows, x, residual):
         made_of = [(x, (x,))] if residual is None else [(x, (x,)), (residual, (residual,))]
         made_of += ((whole, group) for whole, group in zip(weights, groups, strict=True) if group is not None)
         for norm in (layer.attention_norm, layer.mlp_norm):
             if norm is not None:
                 made_of += ((parameter, (parameter,)) for parameter in parameters_of(norm) if parameter is not None)
-        return one_node(
-            lambda tape: block(tape, layer, weights, batch, rows, x, residual), Tape(layouts, seed), made_of
-        )
+        tape = Tape(common, number)
+        return one_node(lambda tape: block(tape, layer, weights, batch, rows, x, residual), tape, made_of)
 
-    each = zip(layers, groups, weights, seeds, strict=True)
+    each = zip(layers, groups, weights, range(len(layers)), strict=True)
     return [partial(run, layer, *rest, rows if layer is layers[-1] else None) for layer, *rest in each]
 
 
-_DROPOUTS = {nn.Dropout, nn.Identity, type(None)}
+_TAPED_DROPOUTS = {nn.Dropout, nn.Identity, type(None)}
 _GELUS = {
     "GELUActivation": "none",
     "GELUTanh": "tanh",

@@ -15,9 +15,8 @@ from torch import nn
 from ..kernels import Nodes, embed
 from ..model import activation_dtype, rotary_tables
 from .batch import Batch
-from .encoder import Layer, activate, apply, dropped, expect_plain, normalised, post_norm, pre_norm
+from .encoder import NO_DROPOUT, Layer, activate, apply, dropped, expect_plain, normalised, post_norm, pre_norm
 
-_NO_DROPOUT = nn.Identity()
 # Tables of rotary embedding are made for a multiple of so many places: a few serve all batches.
 _TABLE_STEP = 256
 
@@ -172,7 +171,7 @@ def _distilbert_layer(layer: nn.Module) -> Layer:
         heads=parts["attention"].n_heads,
         attention_dropout=attention["dropout"].p,
         out=attention["out_lin"],
-        out_dropout=_NO_DROPOUT,
+        out_dropout=NO_DROPOUT,
         attention_norm=parts["sa_layer_norm"],
         wide=mlp["lin1"],
         activation=parts["ffn"].activation,
@@ -216,7 +215,7 @@ def _modernbert_layer(layer: nn.Module, config, is_local: bool, tables: tuple[to
         wide=mlp["Wi"],
         activation=parts["mlp"].act,
         narrow=mlp["Wo"],
-        narrow_dropout=_NO_DROPOUT,
+        narrow_dropout=NO_DROPOUT,
         mlp_norm=parts["mlp_norm"],
         gated=True,
         inner_dropout=mlp["drop"],

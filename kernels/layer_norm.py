@@ -233,8 +233,10 @@ def backward_launch(hidden, dtype, weight_dtype, bias_dtype, add, recompute, dro
     ds, y = dtype if add else None, dtype if recompute else None
     seed, dpart = (torch.int64, dtype) if dropout else (None, None)
     pointers = (dtype, ds, dtype, weight_dtype, bias_dtype, seed, torch.float32, dtype, dpart, y, torch.float32)
-    scalars = ("i64", "i32", "fp32")
-    return Launch(_norm_backward_kernel, pointers, scalars, tiling.constants, tiling.num_warps, ROW_REGISTERS)
+    scalars, warps = ("i64", "i32", "fp32"), tiling.num_warps
+    # A multiprocessor has 65,536, which more than eight warps have to share.
+    registers = min(ROW_REGISTERS, 65_536 // (32 * warps))
+    return Launch(_norm_backward_kernel, pointers, scalars, tiling.constants, warps, registers)
 
 
 @functools.lru_cache
@@ -250,8 +252,9 @@ def _launches(dtype, _capability):
         parameters = (hidden, dtype, torch.float32, torch.float32)
         yield forward_launch(*parameters, add=True)
         yield from (backward_launch(*parameters, add=True, recompute=recompute) for recompute in (False, True))
-        yield forward_launch(*parameters, add=True, dropout=True)
-        yield from (backward_launch(*parameters, add=add, recompute=False, dropout=True) for add in (False, True))
+        if dtype.itemsize == 2:  # as tapes have it
+            yield forward_launch(*parameters, add=True, dropout=True)
+            yield from (backward_launch(*parameters, add=add, recompute=False, dropout=True) for add in (False, True))
     yield from (
         forward_launch(768, dtype, dtype, None, add=False),
         backward_launch(768, dtype, dtype, None, False, False),

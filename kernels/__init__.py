@@ -12,6 +12,7 @@ if __name__ == "cramfast.kernels":
     from .adamw import adamw, adamw_rates, adamw_reference, update_rates, update_rates_reference
     from .attention import varlen_attention, varlen_attention_reference
     from .attention_settings import LONGEST
+    from .column_sums import column_sums, column_sums_reference
     from .dispatch import OPERATORS, choose
     from .embed import embed, embed_reference
     from .gelu import geglu, geglu_reference, gelu, gelu_reference
@@ -45,6 +46,8 @@ if __name__ == "cramfast.kernels":
         "add_layer_norm_reference",
         "choose",
         "choose_long",
+        "column_sums",
+        "column_sums_reference",
         "compiling_ahead",
         "embed",
         "embed_reference",

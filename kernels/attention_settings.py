@@ -39,6 +39,7 @@ class Setting:
 
 _SMALL_TILE = Setting(Tuning(4, 1), Tuning(4, 1))
 _SMALL_TURNED_TILE = Setting(Tuning(4, 1, registers=96), Tuning(4, 1))
+_SMALL_TURNED_MASKED_TILE = Setting(Tuning(4, 2, programs=4), Tuning(4, 1))
 # Three stages are the first that overlap: the copies for the next turn begin behind the last store of this one. Masked
 # tiles gain nothing by it.
 _LARGE_TILE = Setting(Tuning(8, 2, registers=128, programs=2), Tuning(8, 3, programs=1))
@@ -63,8 +64,10 @@ def setting_for(tile: int, head_size: int, masked: bool, rotary: bool, capabilit
     """What runs on cards of `capability` for groups of this tile, see `tile_for`."""
     if tile == 128:
         return _LARGE_MASKED_TILE if masked else _LARGE_TURNED_TILE if rotary else _LARGE_TILE
+    if tile and rotary and 90 <= capability < 100:
+        return _SMALL_TURNED_MASKED_TILE if masked else _SMALL_TURNED_TILE
     if tile:
-        return _SMALL_TURNED_TILE if rotary and 90 <= capability < 100 else _SMALL_TILE
+        return _SMALL_TILE
     if head_size > 64:
         return _WIDE_BLOCKS if capability < 120 else _WIDE_BLOCKS_OF_120
     if 90 <= capability < 120:

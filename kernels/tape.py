@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from .arguments import expect_like
 from .attention import attention_backward, attention_forward, attention_layout, has_kernels, varlen_attention
 from .attention_arguments import expect_attention
+from .column_sums import column_sums
 from .dispatch import choose
 from .gelu import geglu, geglu_backward, geglu_forward, gelu, gelu_backward, gelu_forward
 from .layer_norm import (
@@ -126,7 +127,7 @@ class Tape:
         def back(gradients, x, weight, dz):
             dz = dz.contiguous()
             if dbias is not None:
-                gradients.add(dbias, dz.sum(0, dtype=bias_dtype))
+                gradients.add_sum(dbias, dz, bias_dtype)
             if dweight is not None:
                 gradients.add(dweight, product(dz.t(), x, weight_dtype))
             if dx is not None:
@@ -225,12 +226,18 @@ class Tape:
             self.steps.append(([self.follow(output) for output in outputs], back, slice(first, len(self.saved))))
 
 
+# Up to so many rows the host takes longer to ask for sums over them than the GPU for the sums.
+_FEW_ROWS = 8192
+# As many as there are products in a layer.
+_SUMS_AT_ONCE = 4
+
+
 class _Gradients(dict):
     """By number, as far as they are known. given: those that the node is called with, which belong to others."""
 
     def __init__(self, numbers: Iterable[int | None], given: tuple):
         super().__init__()
-        self._given = given
+        self._given, self._to_sum = given, []
         for number, grad in zip(numbers, given, strict=True):
             if grad is not None:
                 self.add(number, grad)
@@ -249,10 +256,27 @@ class _Gradients(dict):
         before = self.get(number)
         if before is None:
             self[number] = torch.mm(dz, weight)
-        elif sum(grad is before for grad in (*self.values(), *self._given)) == 1:
+        elif sum(grad is before for grad in (*self.values(), *self._given, *(dz for _, dz, _ in self._to_sum))) == 1:
             before.addmm_(dz, weight)
         else:
             self[number] = torch.addmm(before, dz, weight)
+
+    def add_sum(self, number: int, dz: torch.Tensor, dtype: torch.dtype) -> None:
+        """Add the sum over the rows of dz, in `dtype`; of few rows with `sum_up`."""
+        if dz.shape[0] > _FEW_ROWS:
+            self.add(number, dz.sum(0, dtype=dtype))
+        else:
+            self._to_sum.append((number, dz, dtype))
+
+    def sum_up(self) -> None:
+        """Add what `add_sum` has left, several sums in one kernel."""
+        alike: dict[tuple, list] = {}
+        for number, dz, dtype in self._to_sum:
+            alike.setdefault((dz.shape[0], dtype), []).append((number, dz))
+        for (_, dtype), wanted in alike.items():
+            for first in range(0, len(wanted), _SUMS_AT_ONCE):
+                numbers, matrices = zip(*wanted[first : first + _SUMS_AT_ONCE], strict=True)
+                self.add_each(numbers, column_sums(matrices, dtype))
 
 
 class _Node(torch.autograd.Function):
@@ -278,6 +302,7 @@ class _Node(torch.autograd.Function):
             given = [gradients.pop(number, None) for number in outputs]
             if any(grad is not None for grad in given):
                 back(gradients, *saved[kept], *given)
+        gradients.sum_up()
         results = []
         for number, needs in ctx.inputs:
             grad = gradients.get(number)

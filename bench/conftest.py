@@ -94,7 +94,7 @@ def step_measured(benchmark, machine, request):
     """`step_measured(work, peer)` measures a peer's training step, the microbatch cut to what the card can hold."""
 
     def run(work, peer):
-        missing = work.ordinary.missing()
+        missing = work.ordinary.missing() or peer.missing()
         if missing:
             pytest.skip(missing)
         options, lines = request.config.option, request.config.stash[_lines]

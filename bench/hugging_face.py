@@ -62,7 +62,7 @@ def hf_modernbert(config: ModelConfig) -> nn.Module:
     )
 
 
-def _arguments(batch: MaskedBatch) -> dict[str, torch.Tensor]:
+def padded_arguments(batch: MaskedBatch) -> dict[str, torch.Tensor]:
     """Ids, labels and, where there is padding, the mask of the real tokens, int64 (B, S) each."""
     counts = batch.cu_seqlens.diff()
     real = torch.arange(batch.max_seqlen, device=counts.device) < counts[:, None]
@@ -82,5 +82,5 @@ def _windowed(counts: torch.Tensor, config: ModelConfig) -> float:
 
 
 _TRANSFORMERS = {"modules": ("transformers",), "package": "transformers"}
-HF_BERT = Ordinary("hf", hf_bert, _arguments, **_TRANSFORMERS)
-HF_MODERNBERT = Ordinary("hf", hf_modernbert, _arguments, mean_attended=_windowed, **_TRANSFORMERS)
+HF_BERT = Ordinary("hf", hf_bert, padded_arguments, **_TRANSFORMERS)
+HF_MODERNBERT = Ordinary("hf", hf_modernbert, padded_arguments, mean_attended=_windowed, **_TRANSFORMERS)

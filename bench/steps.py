@@ -24,7 +24,7 @@ INITIAL_SEED = 0
 _MASK_SEED = 0
 _MASK_RATE = 0.25
 # A learning rate at which many steps on one batch stay finite.
-_OPTIMIZER = OptimizerOptions(lr=1e-4, weight_decay=0.01, clip=1.0)
+OPTIMIZER = OptimizerOptions(lr=1e-4, weight_decay=0.01, clip=1.0)
 _SHARE_OF_FREE_MEMORY = 0.8
 # Weights, gradients and moments of 150 M parameters, and as much again for what is made on the way.
 _MODEL_MIB = 4096
@@ -72,7 +72,7 @@ class Ordinary:
     """A model as people train it today; its variants are called `<name>-eager` and `<name>-compile`.
 
     `build(config)`: on the CPU, with the weights that every variant starts from. `arguments(batch)`: what it is called
-    with; it returns the mean loss, or an object that has it as `loss`. `mean_attended(counts (B,), config)`: how many
+    with; it returns the mean loss, or a mapping that has it as `loss`. `mean_attended(counts (B,), config)`: how many
     tokens a token attends to. The work is skipped where one of its `modules` is not found.
     """
 
@@ -90,7 +90,7 @@ class Ordinary:
     def loss(self, model: nn.Module, arguments: dict[str, torch.Tensor]) -> torch.Tensor:
         """The mean loss, a scalar, of the model called with `arguments`."""
         output = model(**arguments)
-        return output if isinstance(output, torch.Tensor) else output.loss
+        return output if isinstance(output, torch.Tensor) else output["loss"]
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ class OurStep:
             share = len(batch.input_ids) / self.tokens
             self.step.accumulate(batch, _MASK_RATE, self.microbatches, share)
             self.microbatches += 1
-        result = self.step.update(_OPTIMIZER.lr)
+        result = self.step.update(OPTIMIZER.lr)
         return Outcome(result.loss, result.gradient_norm)
 
 
@@ -240,19 +240,27 @@ def _train_step(training: Training) -> TrainStep:
     model = initial_bert(training.work.config).to(training.device).train()
     model.activations = training.work.activations
     special = special_ids_of(training.work.config.vocab_size)
-    return TrainStep(model, _OPTIMIZER, special, training.dtype, _MASK_SEED)
+    return TrainStep(model, OPTIMIZER, special, training.dtype, _MASK_SEED)
 
 
 class TorchStep:
     """The step of an ordinary model: fp32 weights under autocast, fused AdamW, and a gradient scaler for float16.
 
-    call: what is called in the model's place, which has its parameters; None: the model.
+    call: what is called in the model's place, which has its parameters; None: the model. optimizer: one of its own.
     """
 
-    def __init__(self, ordinary: Ordinary, model: nn.Module, options: OptimizerOptions, dtype: torch.dtype, call=None):
+    def __init__(
+        self,
+        ordinary: Ordinary,
+        model: nn.Module,
+        options: OptimizerOptions,
+        dtype: torch.dtype,
+        call: Callable | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+    ):
         self.ordinary, self.model, self.clip = ordinary, model, options.clip
         self.call = model if call is None else call
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = optimizer or torch.optim.AdamW(
             model.parameters(),
             lr=options.lr,
             betas=(options.beta1, options.beta2),
@@ -287,7 +295,7 @@ class OrdinaryStep(TorchStep):
             torch._dynamo.reset()
             call = torch.compile(model)
         self.arguments = ordinary.arguments(training.batch)
-        super().__init__(ordinary, model, _OPTIMIZER, training.dtype, call)
+        super().__init__(ordinary, model, OPTIMIZER, training.dtype, call)
 
     def __call__(self) -> Outcome:
         return self.take(self.arguments)
@@ -307,6 +315,10 @@ class StepPeer:
     @property
     def is_ours(self) -> bool:
         return self.who == CRAMFAST.who
+
+    def missing(self) -> str | None:
+        """Why this variant cannot run here, though the work's model can; None when it can."""
+        return None
 
 
 OURS = StepPeer(CRAMFAST.who, OurStep, graphs=True)

@@ -10,10 +10,11 @@ import pytest
 from cramfast.config import PRESETS
 
 from .hugging_face import HF_BERT, HF_MODERNBERT, MODERNBERT_BASE
+from .original import ORIGINAL
 from .plain import PLAIN
 from .steps import OURS, StepWork, on_a_card_of, ordinary_peers
 
-_CRAMMED = {"config": PRESETS["crammed-bert"], "ordinary": PLAIN, "length": 128, "mib_per_place": 0.6}
+_CRAMMED = {"config": PRESETS["crammed-bert"], "ordinary": PLAIN, "length": 128, "mib_per_place": 0.64}
 CRAMMED_512 = StepWork("crammed-bert-512x128", sequences=512, **_CRAMMED)
 CRAMMED_512_LEAN = StepWork("crammed-bert-512x128-lean", sequences=512, activations="lean", **_CRAMMED)
 CRAMMED_128 = StepWork("crammed-bert-128x128", sequences=128, **_CRAMMED)
@@ -24,6 +25,7 @@ SMALL_CARDS = [on_a_card_of(memory, CRAMMED_512) for memory in ("8GB", "11GB", "
 
 _ROWS = [(work, OURS) for work in (CRAMMED_512, CRAMMED_512_LEAN, CRAMMED_128, BERT_RAGGED, *SMALL_CARDS)]
 _ROWS += [(w, peer) for w in (CRAMMED_512, CRAMMED_128, BERT_RAGGED, MODERNBERT) for peer in ordinary_peers(w.ordinary)]
+_ROWS += [(work, ORIGINAL) for work in (CRAMMED_512, CRAMMED_128)]
 
 
 @pytest.mark.parametrize("work, peer", _ROWS, ids=[f"{work.name}-{peer.who}" for work, peer in _ROWS])

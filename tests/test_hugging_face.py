@@ -216,7 +216,7 @@ def test_stock_configs():
     )
 
 
-@pytest.mark.parametrize("name", set(PRESETS) - {"crammed-bert"})
+@pytest.mark.parametrize("name", sorted(set(PRESETS) - {"crammed-bert"}))
 def test_configs_there_and_back(name):
     for config in (PRESETS[name], replace(PRESETS[name], num_heads=4, max_positions=77, initializer_range=0.01)):
         settings = write_config(config, SPECIAL)

@@ -10,6 +10,7 @@ from cramfast.data.tokenizer import SpecialIds
 from cramfast.kernels import mask_tokens
 from cramfast.model import Bert
 from cramfast.train import step as module
+from cramfast.train.optimizer import norm_of
 from cramfast.train.step import TrainStep
 
 CONFIG = ModelConfig(
@@ -470,3 +471,9 @@ def test_bfloat16_products_leave_weights_and_state_in_float32():
     assert result.loss != in_float32.loss
     # bfloat16 keeps 8 bits, and errors of many products average out in the mean.
     torch.testing.assert_close(result.loss, in_float32.loss, rtol=2**-8, atol=0)
+
+
+def test_the_norm_of_a_long_gradient_is_right():
+    gradient = torch.randn(2**24 + 3, generator=torch.Generator().manual_seed(0))
+    exact = torch.linalg.vector_norm(gradient, dtype=torch.float64).item()
+    assert norm_of(gradient).item() == pytest.approx(exact, rel=2e-6)

@@ -372,7 +372,8 @@ def bench(*words: str, **environment: str) -> subprocess.CompletedProcess:
     pytest.importorskip("pytest_benchmark")
     command = [sys.executable, "-m", "pytest", "bench", "--benchmark-only", "-q", "-p", "no:cacheprovider", *words]
     fixed = {"CUDA_VISIBLE_DEVICES": "", "CRAMFAST_KERNELS": "reference", "OMP_NUM_THREADS": "1"}
-    environment = os.environ | fixed | environment
+    # In a process that xdist has started, pytest-benchmark takes itself for disabled.
+    environment = os.environ | fixed | {"PYTEST_XDIST_WORKER": ""} | environment
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 

@@ -35,7 +35,7 @@ class Kind(Enum):
 _FILES = {
     "adamw": (Kind.OPTIMIZER, Kind.OPTIMIZER),
     "attention_kernels": (Kind.ATTENTION_FORWARD, Kind.ATTENTION_BACKWARD),
-    "column_sums": (Kind.OTHER, Kind.OTHER),
+    "column_sums": (Kind.MATMUL, Kind.MATMUL),
     "embed": (Kind.EMBEDDING, Kind.EMBEDDING),
     "gelu": (Kind.ACTIVATION_FORWARD, Kind.ACTIVATION_BACKWARD),
     "layer_norm": (Kind.NORM_FORWARD, Kind.NORM_BACKWARD),

@@ -74,11 +74,7 @@ def forward_tile(
         if MASKED:
             low, size = sight_of(bounds_ptr, start, place, valid, T, window, WINDOWED)
         qkv = qkv_ptr + start.to(tl.int64) * ROW + head * D
-        if angles_ptr is None:
-            q = load_matrix(qkv, place, valid, ROW, D, WIDTH, MASKED)
-            k = load_matrix(qkv + H * D, place, valid, ROW, D, WIDTH, MASKED)
-        else:
-            q, k = load_turned(qkv, angles_ptr, bounds_ptr, start, place, valid, H, D, MASKED)
+        q, k = load_turned(qkv, angles_ptr, bounds_ptr, start, place, valid, H, D, WIDTH, MASKED)
         v = load_matrix(qkv + 2 * H * D, place, valid, ROW, D, WIDTH, MASKED)
         s = tl.dot(q, tl.trans(k))
         if MASKED:
@@ -130,11 +126,7 @@ def backward_tile(
             low, size = sight_of(bounds_ptr, start, place, valid, T, window, WINDOWED)
         here = start.to(tl.int64) * ROW + head * D
         qkv, dqkv = qkv_ptr + here, dqkv_ptr + here
-        if angles_ptr is None:
-            q = load_matrix(qkv, place, valid, ROW, D, WIDTH, MASKED)
-            k = load_matrix(qkv + H * D, place, valid, ROW, D, WIDTH, MASKED)
-        else:
-            q, k = load_turned(qkv, angles_ptr, bounds_ptr, start, place, valid, H, D, MASKED)
+        q, k = load_turned(qkv, angles_ptr, bounds_ptr, start, place, valid, H, D, WIDTH, MASKED)
         v = load_matrix(qkv + 2 * H * D, place, valid, ROW, D, WIDTH, MASKED)
         dout = dout_ptr + start.to(tl.int64) * (H * D) + head * D
         do = load_matrix(dout, place, valid, H * D, D, WIDTH, MASKED)

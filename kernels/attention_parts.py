@@ -150,19 +150,23 @@ def _angles(angles_ptr, bounds_ptr, start, place, valid, D: tl.constexpr):
 @triton.jit
 def load_turned(
     qkv_ptr, angles_ptr, bounds_ptr, start, place, valid,
-    H: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """q and k of a group, turned."""
-    q1, q2 = _load_halves(qkv_ptr, place, valid, 3 * H * D, D, MASKED)
-    k1, k2 = _load_halves(qkv_ptr + H * D, place, valid, 3 * H * D, D, MASKED)
-    # Always so. What is under a condition the compiler leaves there. Else it would copy the angles to shared memory
-    # ahead, past the cache of the multiprocessor, which holds all of them; and would turn q once more, in the layout
-    # of the matrix product.
-    if tl.num_programs(0) > 0:
-        cos, sin = _angles(angles_ptr, bounds_ptr, start, place, valid, D)
-        q1, q2 = _turn(q1, q2, cos, sin)
-        k1, k2 = _turn(k1, k2, cos, sin)
-    return _join(q1, q2, D), _join(k1, k2, D)
+    """q and k of a group, turned where there are angles."""
+    if angles_ptr is None:
+        q = load_matrix(qkv_ptr, place, valid, 3 * H * D, D, WIDTH, MASKED)
+        return q, load_matrix(qkv_ptr + H * D, place, valid, 3 * H * D, D, WIDTH, MASKED)
+    else:
+        q1, q2 = _load_halves(qkv_ptr, place, valid, 3 * H * D, D, MASKED)
+        k1, k2 = _load_halves(qkv_ptr + H * D, place, valid, 3 * H * D, D, MASKED)
+        # Always so. What is under a condition the compiler leaves there. Else it would copy the angles to shared memory
+        # ahead, past the cache of the multiprocessor, which holds all of them; and would turn q once more, in the
+        # layout of the matrix product.
+        if tl.num_programs(0) > 0:
+            cos, sin = _angles(angles_ptr, bounds_ptr, start, place, valid, D)
+            q1, q2 = _turn(q1, q2, cos, sin)
+            k1, k2 = _turn(k1, k2, cos, sin)
+        return _join(q1, q2, D), _join(k1, k2, D)
 
 
 @triton.jit

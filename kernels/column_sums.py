@@ -83,14 +83,16 @@ def _launches(dtype, _capability):
 
 
 def column_sums(matrices: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
-    """The sums (N,), in `dtype`, over the rows of each of one to four contiguous matrices (T, N) of one dtype, on one
-    device that runs kernels. N need not be the same for all. The sums are views of one tensor.
+    """The sums (N,), in `dtype`, over the rows of each of some contiguous matrices (T, N) of one dtype, on one device
+    that runs kernels. N need not be the same for all. The sums are views of one tensor for each four matrices.
 
     Raises ValueError where T differs.
     """
     if len({matrix.shape[0] for matrix in matrices}) > 1:
         shapes = ", ".join(str(tuple(matrix.shape)) for matrix in matrices)
         raise ValueError(f"column_sums: matrices have shapes {shapes}, expected as many rows in each")
+    if len(matrices) > _MOST:
+        return column_sums(matrices[:_MOST], dtype) + column_sums(matrices[_MOST:], dtype)
     widths = tuple(int(matrix.shape[1]) for matrix in matrices)
     sums = torch.empty(sum(widths), dtype=dtype, device=matrices[0].device)
     launch = launch_for(widths, matrices[0].dtype, dtype)

@@ -25,11 +25,7 @@ def claim(weight: torch.Tensor) -> tuple[torch.Tensor, bool]:
 
 def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, first: bool = False) -> None:
     """total += left @ right, or = where it is the `first`, with total in float32 whatever the factors are."""
-    options = {}
-    if left.dtype != total.dtype and total.is_cuda:
-        options["out_dtype"] = total.dtype
-    elif left.dtype != total.dtype:  # torch has no such product there
-        left, right = left.to(total.dtype), right.to(total.dtype)
+    left, right, options = _factors(left, right, total.dtype)
     if first:
         torch.mm(left, right, **options, out=total)
     else:
@@ -38,8 +34,14 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, fi
 
 def product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """left @ right in `dtype`: where that is float32, as it was summed up, whatever the factors are."""
+    left, right, options = _factors(left, right, dtype)
+    return torch.mm(left, right, **options)
+
+
+def _factors(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    """The factors, and what torch needs to be told, for their product in `dtype`."""
     if dtype == left.dtype:
-        return torch.mm(left, right)
+        return left, right, {}
     if dtype == torch.float32 and left.is_cuda:
-        return torch.mm(left, right, out_dtype=dtype)
-    return torch.mm(left.to(dtype), right.to(dtype))
+        return left, right, {"out_dtype": dtype}
+    return left.to(dtype), right.to(dtype), {}  # torch has no such product

@@ -228,8 +228,6 @@ class Tape:
 
 # Up to so many rows the host takes longer to ask for sums over them than the GPU for the sums.
 _FEW_ROWS = 8192
-# As many as there are products in a layer.
-_SUMS_AT_ONCE = 4
 
 
 class _Gradients(dict):
@@ -274,9 +272,8 @@ class _Gradients(dict):
         for number, dz, dtype in self._to_sum:
             alike.setdefault((dz.shape[0], dtype), []).append((number, dz))
         for (_, dtype), wanted in alike.items():
-            for first in range(0, len(wanted), _SUMS_AT_ONCE):
-                numbers, matrices = zip(*wanted[first : first + _SUMS_AT_ONCE], strict=True)
-                self.add_each(numbers, column_sums(matrices, dtype))
+            numbers, matrices = zip(*wanted, strict=True)
+            self.add_each(numbers, column_sums(matrices, dtype))
 
 
 class _Node(torch.autograd.Function):

@@ -8,7 +8,7 @@ from cramfast.kernels import column_sums, column_sums_reference
 
 pytestmark = pytest.mark.usefixtures("triton_kernels", "poisoned", "bf16_as_on_gpus")
 
-WIDTHS = ((96, 32, 128, 32), (64,), (1, 130), (200, 33, 64))
+WIDTHS = ((96, 32, 128, 32), (64,), (1, 130), (200, 33, 64), (8, 16, 24, 32, 40))
 
 
 def matrices(rows: int, widths: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:

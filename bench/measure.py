@@ -94,7 +94,7 @@ def measure(benchmark, machine, case: Case, tiny: Case, direction: str, peer: Pe
         flops=case.flops.get(direction),
         peak_mib=round(machine.peak_bytes(calls[0]) / 2**20, 2),
         results_mib=round(results_bytes / 2**20, 2),
-        host_seconds=_host_seconds(machine, tiny, direction, peer, function),
+        host_seconds=_host_seconds(machine, tiny, direction, peer),
         timed_by=timed_by,
         backend=_backend(case, machine) if peer is CRAMFAST else None,
         input_sets=sets,
@@ -135,11 +135,11 @@ def _estimate(machine, replay: Callable[[], object]) -> float:
     return machine.clock() - start
 
 
-def _host_seconds(machine, tiny: Case, direction: str, peer: Peer, function: Callable) -> float | None:
+def _host_seconds(machine, tiny: Case, direction: str, peer: Peer) -> float | None:
     """Median host time to enqueue one call, outside any graph, on tensors so small that the GPU keeps up."""
     if not peer.host:
         return None
-    call = Call(function, peer.prepare(tiny.make(0)), direction)
+    call = Call(peer.load(tiny), peer.prepare(tiny.make(0)), direction)
     call()
     seconds = []
     for _ in range(_BURSTS):

@@ -93,9 +93,9 @@ def column_sums(matrices: Sequence[torch.Tensor], dtype: torch.dtype) -> list[to
         raise ValueError(f"column_sums: matrices have shapes {shapes}, expected as many rows in each")
     if len(matrices) > _MOST:
         return column_sums(matrices[:_MOST], dtype) + column_sums(matrices[_MOST:], dtype)
-    widths = tuple(int(matrix.shape[1]) for matrix in matrices)
+    widths = tuple([matrix.shape[1] for matrix in matrices])
     sums = torch.empty(sum(widths), dtype=dtype, device=matrices[0].device)
     launch = launch_for(widths, matrices[0].dtype, dtype)
-    pieces = sum(ceil_div(width, _COLUMNS) for width in widths)
+    pieces = sum([ceil_div(width, _COLUMNS) for width in widths])
     launch(pieces, *matrices, *(None,) * (_MOST - len(widths)), sums, matrices[0].shape[0])
-    return list(sums.split(widths))
+    return [*sums.split_with_sizes(widths)]  # what `split` calls after a look through its arguments

@@ -212,7 +212,7 @@ def _run(kernel, width, approximate, *tensors):
     first = tensors[0]
     if width == 0:
         return
-    launch = launch_for(kernel, tuple(tensor is not None for tensor in tensors), width, first.dtype, approximate)
+    launch = launch_for(kernel, tuple([tensor is not None for tensor in tensors]), width, first.dtype, approximate)
     rows = first.numel() // int(first.shape[-1])
     across = ceil_div(width, launch.constants["TILE"])
     launch(ceil_div(rows, launch.constants["ROWS"]) * across, *tensors, rows)

@@ -162,25 +162,26 @@ class Tape:
         expect_like("add_layer_norm", "residual", residual, x.shape, x)
         if dropout_p == 1:  # by which the kernel would divide
             x, dropout_p = self.dropout(x, 1.0), 0.0
-        seed, *dropout = self._dropout(x.device, dropout_p)
-        y, s, statistics = norm_forward(x, residual, weight, bias, eps, seed, *dropout)
-        dresidual, *parameters, dx = self._numbers_of(residual, weight, bias, x)
+        seed, stream = self._dropout(x.device, dropout_p)
+        y, s, statistics = norm_forward(x, residual, weight, bias, eps, seed, stream, dropout_p)
+        dresidual, _, _, dx = numbers = self._numbers_of(residual, weight, bias, x)
 
         def back(gradients, s, weight, bias, statistics, seed, dy, ds):
             if dy is None and seed is None:
                 return gradients.add_each((dresidual, dx), (ds, ds))
-            saved = (s, weight, bias, statistics, False, seed, *dropout)
             dy = torch.zeros_like(ds) if dy is None else dy
-            ds, dweight, dbias, _, before = norm_and_dropout_backward(dy, ds, *saved)
-            gradients.add_each((dresidual, *parameters, dx), (ds, dweight, dbias, ds if before is None else before))
+            ds, dweight, dbias, _, before = norm_and_dropout_backward(
+                dy, ds, s, weight, bias, statistics, False, seed, stream, dropout_p
+            )
+            gradients.add_each(numbers, (ds, dweight, dbias, ds if before is None else before))
 
-        self._note((dresidual, *parameters, dx), (y, s), back, s, weight, bias, statistics, seed)
+        self._note(numbers, (y, s), back, s, weight, bias, statistics, seed)
         return y, s
 
     def _dropout(self, device, dropout_p):
-        """(seed, stream, dropout_p) of the next dropout of this tape, without a seed where that does nothing."""
+        """(seed, stream) of the next dropout of this tape, without a seed where that does nothing."""
         self._dropouts += 1
-        return (self._common.seed(self._place, device) if dropout_p > 0 else None), self._dropouts, dropout_p
+        return (self._common.seed(self._place, device) if dropout_p > 0 else None), self._dropouts
 
     def gelu(self, x, approximate="none"):
         return self._activate(gelu_forward, gelu_backward, x, approximate)
@@ -195,19 +196,18 @@ class Tape:
 
     def attend(self, qkv, heads, cu_seqlens, max_seqlen, **options):
         total, width = qkv.shape
-        shape = (total, 3, heads, width // (3 * heads))
-        heads_apart, dqkv = qkv.view(shape), self.number(qkv)
+        heads_apart, dqkv = qkv.view(total, 3, heads, width // (3 * heads)), self.number(qkv)
         layout, settings = self._common.layout(heads_apart, cu_seqlens, max_seqlen, **options)
         seed = self._common.seed(self._place, qkv.device) if settings[-1] > 0 else None
         out, lse, turned = attention_forward(heads_apart, *layout, seed, *settings)
         attended = out.view(total, width // 3)
 
-        def back(gradients, qkv, out, lse, *rest):
-            *constants, dout = rest
-            (grad,) = attention_backward(dout.reshape(out.shape), qkv.view(shape), out, lse, *constants, *settings)
+        def back(gradients, heads_apart, out, lse, *rest):
+            *constants, dout = rest  # (T, C), as far as the kernels see the same as out
+            (grad,) = attention_backward(dout, heads_apart, out, lse, *constants, *settings)
             gradients.add(dqkv, grad.view(total, width))
 
-        self._note((dqkv,), (attended,), back, qkv if turned is None else turned, out, lse, *layout, seed)
+        self._note((dqkv,), (attended,), back, heads_apart if turned is None else turned, out, lse, *layout, seed)
         return attended
 
     def select_rows(self, x, rows):
@@ -216,14 +216,14 @@ class Tape:
         return y
 
     def _numbers_of(self, *tensors):
-        return [self._numbers.get(id(tensor)) for tensor in tensors]
+        return [*map(self._numbers.get, map(id, tensors))]
 
     def _note(self, inputs: Iterable[int | None], outputs: tuple, back: Callable, *saved: torch.Tensor | None) -> None:
         """Have back(gradients, *saved, *grads of the outputs) called, which adds to those of `inputs`."""
         if any(inputs):  # numbers begin with 1
             first = len(self.saved)
             self.saved += saved
-            self.steps.append(([self.follow(output) for output in outputs], back, slice(first, len(self.saved))))
+            self.steps.append((tuple(map(self.follow, outputs)), back, slice(first, len(self.saved))))
 
 
 # Up to so many rows the host takes longer to ask for sums over them than the GPU for the sums.
@@ -235,7 +235,8 @@ class _Gradients(dict):
 
     def __init__(self, numbers: Iterable[int | None], given: tuple):
         super().__init__()
-        self._given, self._to_sum = given, []
+        # The ids of tensors that others have too, and by rows and dtype the (numbers, matrices) of what `sum_up` adds.
+        self._elsewhere, self._to_sum = [*map(id, given)], {}
         for number, grad in zip(numbers, given, strict=True):
             if grad is not None:
                 self.add(number, grad)
@@ -254,7 +255,7 @@ class _Gradients(dict):
         before = self.get(number)
         if before is None:
             self[number] = torch.mm(dz, weight)
-        elif sum(grad is before for grad in (*self.values(), *self._given, *(dz for _, dz, _ in self._to_sum))) == 1:
+        elif [*map(id, self.values()), *self._elsewhere].count(id(before)) == 1:
             before.addmm_(dz, weight)
         else:
             self[number] = torch.addmm(before, dz, weight)
@@ -264,30 +265,35 @@ class _Gradients(dict):
         if dz.shape[0] > _FEW_ROWS:
             self.add(number, dz.sum(0, dtype=dtype))
         else:
-            self._to_sum.append((number, dz, dtype))
+            numbers, matrices = self._to_sum.setdefault((dz.shape[0], dtype), ([], []))
+            numbers.append(number)
+            matrices.append(dz)
+            self._elsewhere.append(id(dz))
 
     def sum_up(self) -> None:
         """Add what `add_sum` has left, several sums in one kernel."""
-        alike: dict[tuple, list] = {}
-        for number, dz, dtype in self._to_sum:
-            alike.setdefault((dz.shape[0], dtype), []).append((number, dz))
-        for (_, dtype), wanted in alike.items():
-            numbers, matrices = zip(*wanted, strict=True)
+        for (_, dtype), (numbers, matrices) in self._to_sum.items():
             self.add_each(numbers, column_sums(matrices, dtype))
 
 
 class _Node(torch.autograd.Function):
     @staticmethod
     def forward(ctx, run, tape, groups, *_inputs):
-        needed, ctx.inputs = iter(ctx.needs_input_grad[3:]), []
+        # By input the number of its gradient, or of the gradient that it has a part of and which part.
+        inputs, ctx.parts, needed = [], [], ctx.needs_input_grad[3:]
         for tensor, members in groups:
-            needs = [next(needed) for _ in members]
-            number = tape.follow(tensor, members[0].dtype) if any(needs) else None
-            ctx.inputs.append((number, needs))
+            first, count = len(inputs), len(members)
+            number = tape.follow(tensor, members[0].dtype) if True in needed[first : first + count] else None
+            if count == 1 or number is None:
+                inputs += [number] * count
+            else:
+                parts = [(number, part) for part in range(count)]
+                ctx.parts.append((number, parts))
+                inputs += parts
         outputs = run(tape)
         ctx.save_for_backward(*tape.saved)
         ctx.set_materialize_grads(False)
-        ctx.steps, ctx.outputs = tape.steps, [tape.number(output) for output in outputs]
+        ctx.steps, ctx.inputs, ctx.outputs = tape.steps, inputs, [tape.number(output) for output in outputs]
         return outputs
 
     @staticmethod
@@ -296,18 +302,16 @@ class _Node(torch.autograd.Function):
             raise RuntimeError("kernels of cramfast cannot be differentiated twice; CRAMFAST_KERNELS=reference can")
         saved, gradients = ctx.saved_tensors, _Gradients(ctx.outputs, grads)
         for outputs, back, kept in reversed(ctx.steps):
-            given = [gradients.pop(number, None) for number in outputs]
-            if any(grad is not None for grad in given):
-                back(gradients, *saved[kept], *given)
+            if not gradients.keys().isdisjoint(outputs):
+                back(gradients, *saved[kept], *[gradients.pop(number, None) for number in outputs])
         gradients.sum_up()
-        results = []
-        for number, needs in ctx.inputs:
-            grad = gradients.get(number)
-            if grad is None or len(needs) == 1:
-                results += [grad] * len(needs)
-            else:
-                results += (part if need else None for part, need in zip(grad.chunk(len(needs)), needs, strict=True))
-        return None, None, None, *results
+        for number, parts in ctx.parts:
+            if number in gradients:
+                whole, count = gradients[number], len(parts)
+                # In one operation, where `chunk` takes three for each part.
+                gradients.update(zip(parts, whole.split_with_sizes([len(whole) // count] * count), strict=True))
+        # Autograd drops what goes to an input without a gradient.
+        return None, None, None, *map(gradients.get, ctx.inputs)
 
 
 # Past the Python around it, which serves functorch alone.
@@ -323,4 +327,4 @@ def one_node(run: Callable, tape: Tape, groups: list) -> tuple[torch.Tensor | No
     """
     if not torch.is_grad_enabled():
         return run(tape)
-    return _apply(run, tape, groups, *(member for _, members in groups for member in members))
+    return _apply(run, tape, groups, *[member for _, members in groups for member in members])

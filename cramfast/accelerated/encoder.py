@@ -203,10 +203,10 @@ def _taped(layers, block, x, batch, rows):
 
     def run(layer, groups, weights, number, rows, x, residual):
         made_of = [(x, (x,))] if residual is None else [(x, (x,)), (residual, (residual,))]
-        made_of += ((whole, group) for whole, group in zip(weights, groups, strict=True) if group is not None)
+        made_of += [made for made in zip(weights, groups, strict=True) if made[1] is not None]
         for norm in (layer.attention_norm, layer.mlp_norm):
             if norm is not None:
-                made_of += ((parameter, (parameter,)) for parameter in parameters_of(norm) if parameter is not None)
+                made_of += [(parameter, (parameter,)) for parameter in parameters_of(norm) if parameter is not None]
         tape = Tape(common, number)
         return one_node(lambda tape: block(tape, layer, weights, batch, rows, x, residual), tape, made_of)
 

@@ -4,6 +4,7 @@ That copies them. It takes some microseconds on the device, far less than to lau
 autocast does for each parameter by itself.
 """
 
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -23,24 +24,26 @@ class Weights(NamedTuple):
     narrow_bias: torch.Tensor | None
 
 
+_of_parameters = itemgetter("weight", "bias")
+
 Groups = list[tuple[nn.Parameter, ...] | None]
 """The parameters that each of `Weights` is made of."""
 
 
 def parameters_of(module: nn.Linear | nn.LayerNorm) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Its weight and bias, without the microsecond that a look through the module takes where they are parameters."""
-    held = module._parameters
-    if "weight" in held and "bias" in held:
-        return held["weight"], held["bias"]
-    return module.weight, module.bias
+    try:
+        return _of_parameters(module._parameters)
+    except KeyError:
+        return module.weight, module.bias
 
 
 def groups_of(qkv: tuple[nn.Linear, ...], out: nn.Linear, wide: nn.Linear, narrow: nn.Linear) -> Groups:
     """What the weights of these four products are made of."""
-    groups = []
-    for layers in (qkv, (out,), (wide,), (narrow,)):
-        weights, biases = zip(*map(parameters_of, layers), strict=True)
-        groups += [weights, None if biases[0] is None else biases]
+    weights, biases = zip(*map(parameters_of, qkv), strict=True)
+    groups = [weights, None if biases[0] is None else biases]
+    for weight, bias in map(parameters_of, (out, wide, narrow)):
+        groups += [(weight,), None if bias is None else (bias,)]
     return groups
 
 
@@ -54,21 +57,39 @@ def joined(groups: Groups, dtype: torch.dtype) -> Weights:
 @torch.no_grad()
 def copied(groups_of_layers: list[Groups], dtype: torch.dtype) -> list[Weights]:
     """The same of all layers in one go, unknown to autograd; what needs no copy is the parameter itself."""
-    made, targets, sources = [], [], []
-    for groups in groups_of_layers:
-        wholes = []
-        for group in groups:
-            whole = None if group is None else group[0]
-            if whole is not None and len(group) > 1:
-                whole = whole.new_empty((len(group) * whole.shape[0], *whole.shape[1:]), dtype=dtype)
-                targets += whole.chunk(len(group))
-                sources += group
-            elif whole is not None and whole.dtype != dtype:
-                whole = torch.empty_like(whole, dtype=dtype)
-                targets.append(whole)
-                sources += group
-            wholes.append(whole)
-        made.append(Weights(*wholes))
+    weights = _copied_weights([group for groups in groups_of_layers for group in groups[::2]], dtype)
+    biases = _copied_biases([group for groups in groups_of_layers for group in groups[1::2]], dtype)
+    wholes = [whole for pair in zip(weights, biases, strict=True) for whole in pair]
+    count = len(Weights._fields)
+    return [Weights(*wholes[first : first + count]) for first in range(0, len(wholes), count)]
+
+
+def _copied_weights(groups: Groups, dtype: torch.dtype) -> list[torch.Tensor]:
+    wholes, targets, sources = [], [], []
+    for group in groups:
+        whole = group[0]
+        if len(group) > 1:
+            rows, columns = whole.shape
+            whole = whole.new_empty((len(group) * rows, columns), dtype=dtype)
+            targets += whole.split_with_sizes([rows] * len(group))
+            sources += group
+        elif whole.dtype != dtype:
+            whole = torch.empty_like(whole, dtype=dtype)
+            targets.append(whole)
+            sources += group
+        wholes.append(whole)
     if targets:
         torch._foreach_copy_(targets, sources)
-    return made
+    return wholes
+
+
+def _copied_biases(groups: Groups, dtype: torch.dtype) -> list[torch.Tensor | None]:
+    """All in one allocation: to make room for each of them takes the host longer than all that is done here."""
+    wholes = [None if group is None else group[0] for group in groups]
+    places = [i for i, group in enumerate(groups) if group is not None and (len(group) > 1 or group[0].dtype != dtype)]
+    if places:
+        together = torch.cat([bias for i in places for bias in groups[i]]).to(dtype)
+        sizes = [len(groups[i]) * groups[i][0].shape[0] for i in places]
+        for i, whole in zip(places, together.split_with_sizes(sizes), strict=True):
+            wholes[i] = whole
+    return wholes

@@ -203,7 +203,7 @@ class Tape:
         attended = out.view(total, width // 3)
 
         def back(gradients, heads_apart, out, lse, *rest):
-            *constants, dout = rest  # (T, C), as far as the kernels see the same as out
+            *constants, dout = rest  # (T, C), which is (T, H, D) in memory
             (grad,) = attention_backward(dout, heads_apart, out, lse, *constants, *settings)
             gradients.add(dqkv, grad.view(total, width))
 

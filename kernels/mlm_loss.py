@@ -28,7 +28,6 @@ from .launch import ceil_div, contiguous, dtype_of, has_data
 from .main_grad import add_product, claim, collects
 from .mlm_loss_arguments import expect_loss_options, expect_predictions
 from .mlm_loss_kernels import (
-    LINE,
     Options,
     block_launch,
     column_sums_launch,
@@ -82,7 +81,7 @@ class Sizes:
 
 _MIB = 1 << 20
 # Every chunk adds to the whole of dweight, so few and large ones are faster. With "low" dweight does not exist yet.
-_SIZES = {"fast": Sizes(288 * _MIB), "low": Sizes(104 * _MIB, block=32 * _MIB)}
+_SIZES = {"fast": Sizes(288 * _MIB), "low": Sizes(104 * _MIB, block=56 * _MIB)}
 # Rows or columns of a product are multiples of cuBLAS's tiles where there are that many.
 _TILE = 128
 
@@ -113,12 +112,6 @@ def _chunk_bytes(sizes, weight, decoder, dweight):
     if dweight is not None and not collects(weight):
         taken += dweight.nbytes - weight.nbytes  # which is a result
     return max(sizes.chunk - taken, sizes.chunk // 4)
-
-
-def _block_columns(column: int, vocabulary: int) -> int:
-    """How many columns of `column` bytes a block has: a power of two, for there is a kernel for each such number."""
-    columns = max(1, _SIZES["low"].block // column)
-    return min(max(LINE, 1 << columns.bit_length() - 1), row_stride(vocabulary))
 
 
 def _rows(hidden, positions):
@@ -226,10 +219,7 @@ def _backward(
     """(dhidden, dweight, dbias), None what is not asked for. dweight is `collected`, where that is given, and what was
     there plus the gradient where it `joins` that."""
     given, scale = (dloss, inverse), gradient_scale(hidden.dtype)
-    dhidden = None
-    if for_hidden:
-        dhidden = _scatter(drows, positions, hidden, *given)
-    if for_weight:
+    if for_weight:  # first, since dhidden takes memory
         out = torch.empty_like(weight, memory_format=torch.contiguous_format) if collected is None else collected
         if memory == "low":
             options = Options(z_loss, smoothing)
@@ -237,6 +227,7 @@ def _backward(
         else:
             _scaled(dweight[: weight.shape[0]], out, scale, *given, joins)
         dweight = out
+    dhidden = _scatter(drows, positions, hidden, *given) if for_hidden else None
     if for_bias:
         dbias = _scaled(dbias[None], bias.new_empty(1, bias.shape[0]), scale, *given)[0]
     return dhidden, dweight if for_weight else None, dbias if for_bias else None
@@ -275,14 +266,16 @@ def _weight_gradient(hidden, weight, bias, positions, targets, statistics, optio
         if not joins:
             out.zero_()
         return
-    size = _block_columns(count * dtype.itemsize, vocabulary)
-    buffer, product = rows.new_empty(count, size), rows.new_empty(size, width, dtype=torch.float32)
-    launch = block_launch(vocabulary, size, dtype, dtype_of(bias), options)
-    for start in range(0, vocabulary, size):
-        end = min(start + size, vocabulary)
+    blocks = _split(vocabulary, count * dtype.itemsize, _SIZES["low"].block)
+    columns = blocks[0][1]
+    stride = row_stride(columns)
+    buffer, product = rows.new_empty(count, stride), rows.new_empty(columns, width, dtype=torch.float32)
+    launch = block_launch(vocabulary, dtype, dtype_of(bias), options)
+    tiles = ceil_div(count, launch.constants["ROWS"]) * ceil_div(stride, launch.constants["TILE"])
+    for start, end in blocks:
         logits = buffer[:, : end - start]
         torch.mm(rows, weight[start:end].to(dtype).t(), out=logits)
-        _over_tiles(launch, count, buffer, targets, bias, statistics, start, count)
+        launch(tiles, buffer, targets, bias, statistics, start, count, stride)
         part = product[: end - start]
         add_product(part, logits.t(), rows, first=True)
         _scaled(part, out[start:end], gradient_scale(dtype), dloss, inverse, joins)
@@ -377,7 +370,7 @@ def mlm_loss(
 
     z_loss: weight of the squared logsumexp, added to each row's loss. label_smoothing: as in torch's cross_entropy.
     memory: "fast" takes some 288 MiB beside the results, float32 for weight's gradient among it; "low" takes 104 MiB
-    before there are any, 32 MiB in the backward pass, and half as much time again.
+    before there are any, 56 MiB in the backward pass, and half as much time again.
 
     On a GPU a row whose label is outside the vocabulary, or whose position is outside hidden, does not count; the
     reference raises as torch does. CRAMFAST_CHECK=1 in the environment makes it an error everywhere.

@@ -88,7 +88,7 @@ def gather_kernel(
 
 
 @triton.jit
-def _places(rows, C: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr):
+def _places(rows, C, TILE: tl.constexpr, ROWS: tl.constexpr):
     """Which ROWS × TILE elements of a (rows, C) tensor are this program's: row (ROWS, 1), column (1, TILE), mask."""
     across = tl.cdiv(C, TILE)
     row = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -223,23 +223,23 @@ def rows_kernel(
 
 @triton.jit
 def block_gradient_kernel(
-    logits_ptr,  # (rows, WIDTH): columns from `start` on; d-logits take their place
+    logits_ptr,  # (rows, width): columns from `start` on; d-logits take their place
     targets_ptr,  # (rows,)
     bias_ptr,  # (V,) or None
     statistics_ptr,  # (2, rows)
     start,
     rows,
+    width,
     V: tl.constexpr,
-    WIDTH: tl.constexpr,
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
     SCALE: tl.constexpr,
     Z_LOSS: tl.constexpr,
     SMOOTHING: tl.constexpr,
 ):
-    row, place, mask = _places(rows, WIDTH, TILE, ROWS)
+    row, place, mask = _places(rows, width, TILE, ROWS)
     column = (start + place).to(tl.int32)
-    z = tl.load(logits_ptr + row * WIDTH + place, mask=mask, other=0.0).to(tl.float32)
+    z = tl.load(logits_ptr + row * width + place, mask=mask, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         z += tl.load(bias_ptr + column, mask=column < V, other=0.0).to(tl.float32)
     z = tl.where(column < V, z, float("-inf"))
@@ -248,7 +248,7 @@ def block_gradient_kernel(
     total = tl.load(statistics_ptr + rows + row, mask=row < rows, other=1.0)
     e = tl.exp2((z - top) * _LOG2E)
     d = _gradient(e, _factor(top, total, SCALE, Z_LOSS), column == target, target, V, SCALE, SMOOTHING)
-    tl.store(logits_ptr + row * WIDTH + place, d, mask=mask)
+    tl.store(logits_ptr + row * width + place, d, mask=mask)
 
 
 @triton.jit
@@ -364,12 +364,13 @@ def scatter_kernel(
 
 _BLOCK = 1024
 _NUM_WARPS = 4
+_MOST_TILE = 256
 
 
 def _tile(width: int, dtype: torch.dtype) -> dict[str, int]:
     """A tile of whole rows or pieces of them, for 4 warps with two 16-byte loads a lane."""
     elements = _NUM_WARPS * _LANES * 2 * _VECTOR // dtype.itemsize
-    tile = min(256, triton.next_power_of_2(width))
+    tile = min(_MOST_TILE, triton.next_power_of_2(width))
     return {"TILE": tile, "ROWS": max(1, elements // tile)}
 
 
@@ -399,12 +400,11 @@ def rows_launch(vocabulary, dtype, bias, options, gradient, statistics, best) ->
 
 
 @functools.lru_cache
-def block_launch(vocabulary, width, dtype, bias, options) -> Launch:
-    """The kernel that makes d-logits of a block of `width` columns."""
-    tile = _tile(width, dtype)
-    constants = {"V": vocabulary, "WIDTH": width, **tile, "SCALE": gradient_scale(dtype), **options.constants}
+def block_launch(vocabulary, dtype, bias, options) -> Launch:
+    """The kernel that makes d-logits of a block of columns, in rows of a multiple of `LINE`."""
+    constants = {"V": vocabulary, **_tile(_MOST_TILE, dtype), "SCALE": gradient_scale(dtype), **options.constants}
     pointers = (dtype, torch.int32, bias, torch.float32)
-    return Launch(block_gradient_kernel, pointers, ("i64", "i64"), constants, _NUM_WARPS)
+    return Launch(block_gradient_kernel, pointers, ("i64", "i64", f"i32:{LINE}"), constants, _NUM_WARPS)
 
 
 @functools.lru_cache
@@ -447,7 +447,7 @@ def _launches(dtype, _capability):
         yield rows_launch(vocabulary, dtype, wide, every, gradient=True, statistics=True, best=False)
         yield rows_launch(vocabulary, dtype, None, plain, gradient=False, statistics=False, best=True)
         yield column_sums_launch(vocabulary, dtype)
-    yield block_launch(30_522, 512, dtype, wide, every)
+    yield block_launch(30_522, dtype, wide, every)
     for width in (768, 1024):
         yield gather_launch(width, dtype, index)
         yield scatter_launch(width, dtype, index)

@@ -20,11 +20,11 @@ def load(path):
     return load(path)
 
 
-def accelerate(model, logits=None):
+def accelerate(model, logits=None, graphs=True):
     """Have a BERT, RoBERTa, DistilBERT, ELECTRA or ModernBERT of transformers run on this project's kernels, in place.
 
     Returns what was swapped and what was left, and how to undo it. `cramfast.accelerated.accelerate` tells the rest.
     """
     from .accelerated import accelerate
 
-    return accelerate(model, logits)
+    return accelerate(model, logits, graphs)

@@ -60,7 +60,7 @@ def recording(monkeypatch):
         graphs._graphs[key] = Recorded(work)
         return True
 
-    graphs._capture = capture
+    graphs.capture = capture
     return graphs
 
 

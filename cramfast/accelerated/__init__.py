@@ -12,6 +12,7 @@ from torch import nn
 from .encoder import gelu_form
 from .families import FAMILIES, Family
 from .forwards import base_forward, mlm_forward, replace_forward
+from .graphs import REPLAYS
 
 __all__ = ["Accelerated", "accelerate"]
 
@@ -37,7 +38,8 @@ class Accelerated:
     def undo(self) -> nn.Module:
         """Give the model its own forward back; returns it."""
         for module in self.replaced:
-            module.__dict__.pop("forward", None)
+            for name in ("forward", REPLAYS):
+                module.__dict__.pop(name, None)
         return self.model
 
     def __str__(self) -> str:
@@ -45,7 +47,7 @@ class Accelerated:
         return "\n  ".join([type(self.model).__name__, *lines])
 
 
-def accelerate(model: nn.Module, logits: bool | None = None) -> Accelerated:
+def accelerate(model: nn.Module, logits: bool | None = None, graphs: bool = True) -> Accelerated:
     """Have `model` run on this project's kernels, in place; parameters, state dict and what is saved stay the same.
 
     model: a BERT, RoBERTa, DistilBERT, ELECTRA or ModernBERT of transformers, of any class but those for question
@@ -55,6 +57,10 @@ def accelerate(model: nn.Module, logits: bool | None = None) -> Accelerated:
     logits: whether a masked-language-modelling model that is given labels returns logits. Without them the head runs on
     the predicted tokens alone, and `output.logits` is None. None: in evaluation mode alone. Of a batch in which nothing
     is predicted the loss is then 0 instead of NaN.
+
+    graphs: whether a GPU runs the layers as CUDA graphs for batches of up to 4096 tokens whose shapes come again, as in
+    finetuning; not those of masked language modelling with labels. The graphs keep the activations of the largest such
+    batch and a gradient of every parameter of the layers.
 
     What needs the model's own forward gets it, with a warning: attentions or hidden states as outputs, `inputs_embeds`,
     `position_ids`, head masks, masks other than (B, S), sequences without a token, padding in front where the class may
@@ -70,7 +76,7 @@ def accelerate(model: nn.Module, logits: bool | None = None) -> Accelerated:
     predicts = name.endswith("ForMaskedLM")
     by_token = name.endswith(_BY_TOKEN) or (model is base and getattr(base, "pooler", None) is None)
     swapped, left = _summary(model, base, family, predicts)
-    replace_forward(base, base_forward(family, by_token))
+    replace_forward(base, base_forward(family, by_token, graphs))
     if predicts:
         replace_forward(model, mlm_forward(family, logits))
     return Accelerated(model, swapped, left, (base, model) if predicts else (base,))

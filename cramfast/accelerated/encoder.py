@@ -162,7 +162,7 @@ def run_layers(
     """Hidden states (T, C) of embedded tokens x (T, C), or those (M, C) of `rows` (M,) alone, which is all that the
     last layer then computes behind its attention."""
     residual, device = None, x.device.type
-    taped = _fits_tapes(layers, x, batch)
+    taped = fits_tapes(layers, x, batch)
     # What runs on a tape has its dtypes already, and autocast takes long to see it.
     with torch.autocast(device, enabled=False) if taped and torch.is_autocast_enabled(device) else nullcontext():
         for layer, run in zip(layers, (_taped if taped else _by_nodes)(layers, block, x, batch, rows), strict=True):
@@ -182,7 +182,7 @@ def _by_nodes(layers, block, x, batch, rows):
     return [partial(run, layer, rows if layer is layers[-1] else None) for layer in layers]
 
 
-def _fits_tapes(layers: list[Layer], x: torch.Tensor, batch: Batch) -> bool:
+def fits_tapes(layers: list[Layer], x: torch.Tensor, batch: Batch) -> bool:
     """Whether layers can be a node each: of modules that a tape knows, all on kernels."""
     first = layers[0]
     return tape_serves(x, first.heads, batch.max_seqlen, first.tables[0] is not None) and all(

@@ -16,6 +16,7 @@ from ..kernels import mlm_loss
 from .batch import IGNORED, Batch, Counts, count, predictions, unpadded
 from .encoder import run_layers
 from .families import Family
+from .graphs import replays_of
 
 _TAKEN = {"input_ids", "attention_mask", "token_type_ids", "return_dict", "labels", "num_items_in_batch"}
 # What heads of ModernBERT in transformers 4 tell of the batch.
@@ -43,8 +44,9 @@ def replace_forward(module: nn.Module, forward: Callable) -> None:
     module.forward = MethodType(replacement, module)
 
 
-def base_forward(family: Family, by_token: bool) -> Callable:
-    """Of a base model. by_token: nobody looks at the first place of a sequence where that is padding."""
+def base_forward(family: Family, by_token: bool, graphs: bool) -> Callable:
+    """Of a base model. by_token: nobody looks at the first place of a sequence where that is padding. graphs: as
+    `accelerate` takes it."""
 
     def forward(self: nn.Module, given: Given, own: Callable):
         obstacle = _obstacle(self, family, given)
@@ -56,7 +58,7 @@ def base_forward(family: Family, by_token: bool) -> Callable:
             warnings.warn(f"cramfast.accelerate: {type(self).__name__} runs as before: {obstacle}", stacklevel=2)
             return own(self, **given)
         batch = _batch(self, family, given, real, counts)
-        hidden_BSC = batch.padded(_encode(self, family, batch))
+        hidden_BSC = batch.padded(_encode(self, family, batch, graphs=graphs))
         return _base_output(self, hidden_BSC, given)
 
     return forward
@@ -96,12 +98,19 @@ def _mlm_loss(model: nn.Module, family: Family, batch: Batch, labels: torch.Tens
     return mlm_loss(hidden_MC, head.decoder.weight, labels_M, bias=head.decoder.bias)
 
 
-def _encode(base: nn.Module, family: Family, batch: Batch, rows: torch.Tensor | None = None) -> torch.Tensor:
+def _encode(
+    base: nn.Module, family: Family, batch: Batch, rows: torch.Tensor | None = None, graphs: bool = False
+) -> torch.Tensor:
     """Hidden states (T, C) of the batch, or (M, C) of `rows` (M,)."""
     x = family.embed(base, batch)
-    return run_layers(
-        family.layers(base, batch.max_seqlen), family.block, getattr(base, "final_norm", None), x, batch, rows
-    )
+    layers, final_norm = family.layers(base, batch.max_seqlen), getattr(base, "final_norm", None)
+
+    def run(x: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return run_layers(layers, family.block, final_norm, x, batch, rows)
+
+    if graphs and not torch.compiler.is_compiling():
+        return replays_of(base, x.device).run(run, layers, final_norm, x, batch)
+    return run(x, batch)
 
 
 def _base_output(base: nn.Module, hidden_BSC: torch.Tensor, given: Given):

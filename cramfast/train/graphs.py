@@ -40,13 +40,13 @@ class Graphs:
     def _first_time(self, key: Hashable, work: Callable[[], None]) -> None:
         if self._graphs:
             # What another shape has warmed up serves this one, and its memory holds this one's as well.
-            if self._capture(key, work):
-                self._graphs[key].replay()
+            if self.capture(key, work):
+                self.replay(key)
             else:
                 work()
             return
         self.run_aside(work)
-        self._capture(key, work)
+        self.capture(key, work)
 
     def run_aside(self, work: Callable[[], None]) -> None:
         """Do `work` as it is, where the first of all work runs: that has the memory of this one then."""
@@ -61,7 +61,11 @@ class Graphs:
         finally:  # who cleans up after a failure does so behind what was begun
             current.wait_stream(self._stream)
 
-    def _capture(self, key: Hashable, work: Callable[[], None]) -> bool:
+    def replay(self, key: Hashable) -> None:
+        """Do what was captured as `key`."""
+        self._graphs[key].replay()
+
+    def capture(self, key: Hashable, work: Callable[[], None]) -> bool:
         """Make `work`, which does not run, the graph of `key`; returns whether it can be one."""
         graph = torch.cuda.CUDAGraph()
         try:

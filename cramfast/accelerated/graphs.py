@@ -1,0 +1,268 @@
+"""The layers of a model as CUDA graphs, for short batches whose shapes come again.
+
+On a few thousand tokens the layers take the host several times as long to launch as the GPU to compute. A shape that
+comes a second time is recorded: forward and backward pass of all layers become a graph each, which one call replays.
+
+The graphs read and write tensors of their own. A batch is copied there, filled up to one of few numbers of tokens, and
+its result copied out; so are the gradients of the parameters, which come back as new tensors for autograd to add to
+what is there. All recordings share one memory for activations, so that only one batch is on its way at a time: while a
+result waits for its backward pass, others are computed without graphs.
+
+T tokens, C hidden size, B sequences.
+"""
+
+import weakref
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..train.graphs import Graphs
+from .batch import Batch
+from .encoder import Layer, fits_tapes, gelu_form
+from .weights import parameters_of
+
+# Beyond, the GPU takes longer than the host, and activations take memory for good.
+_MOST_TOKENS = 4096
+_MOST_SHAPES = 16
+_LEAST_STEP, _STEPS = 64, 8
+_LENGTHS = (64, 128, 256, 384, 512)
+
+Run = Callable[[torch.Tensor, Batch], torch.Tensor]
+"""The layers: x (T, C) of a batch → hidden states (T, C)."""
+
+
+class Shape(NamedTuple):
+    """What a recording is for: `tokens`, of which up to `spare` may be filled, in `sequences` of up to `longest`."""
+
+    tokens: int
+    spare: int
+    sequences: int
+    longest: int
+
+    @classmethod
+    def of(cls, batch: Batch, tokens: int) -> "Shape | None":
+        """The smallest that holds the batch of so many tokens; None where there is none."""
+        longest = next((length for length in _LENGTHS if length >= batch.max_seqlen), None)
+        if longest is None or not 0 < tokens <= _MOST_TOKENS:
+            return None
+        step = max(_LEAST_STEP, (1 << tokens.bit_length() - 1) // _STEPS)
+        return cls(-(-tokens // step) * step, step - 1, batch.cu_seqlens.shape[0] - 1, longest)
+
+    @property
+    def fillers(self) -> int:
+        """How many sequences hold what is filled, and one more: nobody may take all sequences for full ones."""
+        return -(-self.spare // self.longest) + 1
+
+
+@dataclass(eq=False)
+class _Turn:
+    """One batch's way through the graphs; done: its backward pass was there."""
+
+    done: bool = False
+
+
+class Replays:
+    """Runs the layers of one model, as graphs where a shape comes again."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.graphs = device, Graphs(device)
+        self.gradients: list[torch.Tensor] = []
+        self.latest: Callable[[], _Turn | None] = lambda: None
+        self._facts: tuple | None = None
+        self._seen: set[Hashable] = set()
+        self._recorded: dict[Hashable, _Recorded] = {}
+        self._stream: int | None = None
+
+    def __reduce__(self):
+        """A copy of a model records for itself."""
+        return Replays, (self.device,)
+
+    def run(self, run: Run, layers: list[Layer], final_norm: nn.LayerNorm | None, x: torch.Tensor, batch: Batch):
+        """What run(x, batch) gives, of these layers."""
+        shape = Shape.of(batch, x.shape[0]) if self._can(layers, x, batch) else None
+        parameters = _parameters(layers, final_norm) if shape is not None else None
+        if parameters is None:
+            return run(x, batch)
+        self._begin_anew_unless((x.dtype, *map(_facts, layers), *map(_identity, parameters)))
+        wanted = [parameter for parameter in parameters if parameter.requires_grad]
+        recorded = self._recorded_for(shape, run, layers, x, batch, wanted)
+        return run(x, batch) if recorded is None else _Replay.apply(recorded, x, batch.cu_seqlens, *wanted)
+
+    def _can(self, layers: list[Layer], x: torch.Tensor, batch: Batch) -> bool:
+        if self.graphs.obstacle is not None or not x.requires_grad or not torch.is_grad_enabled():
+            return False
+        turn = self.latest()
+        if turn is not None and not turn.done:
+            return False
+        if any(layer.module.training and getattr(layer.module, "gradient_checkpointing", False) for layer in layers):
+            return False
+        return self._is_alone(x) and fits_tapes(layers, x, batch)
+
+    def _is_alone(self, x: torch.Tensor) -> bool:
+        """Whether work for x comes behind all that the graphs did before, and becomes part of no other graph."""
+        if not x.is_cuda:
+            return True
+        if x.get_device() != torch.cuda.current_device() or torch.cuda.is_current_stream_capturing():
+            return False
+        stream = torch.cuda.current_stream().cuda_stream
+        self._stream = stream if self._stream is None else self._stream
+        return stream == self._stream
+
+    def _begin_anew_unless(self, facts: tuple) -> None:
+        """Forget all recordings where the model is not what they were made of."""
+        if facts != self._facts:
+            self._forget()
+            self._facts = facts
+
+    def _forget(self) -> None:
+        self._facts, self._recorded, self.gradients, self.latest = None, {}, [], lambda: None
+        self._seen.clear()
+        self.graphs.forget()
+
+    def _recorded_for(self, shape: Shape, run: Run, layers: list[Layer], x, batch, wanted) -> "_Recorded | None":
+        """What is recorded of a shape, from the second time on; it keeps the tables of the layers, and so their ids."""
+        key = (shape, *(id(layer.tables[0]) for layer in layers))
+        known = key in self._recorded or key not in self._seen or len(self._recorded) == _MOST_SHAPES
+        self._seen.add(key)
+        if not known:
+            try:
+                self._record(key, shape, run, x, batch, wanted)
+            except torch.OutOfMemoryError:
+                self._forget()
+                self.graphs.obstacle = "out of memory"
+        return self._recorded.get(key)
+
+    def _record(self, key: Hashable, shape: Shape, run: Run, x, batch, wanted) -> None:
+        if not self.gradients:
+            self.gradients = [torch.empty_like(parameter) for parameter in wanted]
+        recorded = _Recorded(self, key, shape, run, x, batch, wanted)
+        if self.graphs.obstacle is None:
+            self._recorded[key] = recorded
+
+
+REPLAYS = "_cramfast_replays"
+"""The attribute of a base model that has them."""
+
+
+def replays_of(base: nn.Module, device: torch.device) -> Replays:
+    """Those of a base model, made when they are first asked for."""
+    replays = base.__dict__.get(REPLAYS)
+    if replays is None or replays.device != device:
+        replays = base.__dict__[REPLAYS] = Replays(device)
+    return replays
+
+
+class _Recorded:
+    """The two graphs of one shape, and the tensors that they read and write."""
+
+    def __init__(self, replays: Replays, key: Hashable, shape: Shape, run: Run, x, batch: Batch, wanted: list):
+        self.replays, self.shape = replays, shape
+        self._keys = forward, backward = (key, "forward"), (key, "backward")
+        self._run, self._wanted = run, wanted
+        self.x = x.new_zeros((shape.tokens, x.shape[1])).requires_grad_()
+        self.dy = torch.zeros_like(self.x, requires_grad=False)
+        self.cu_seqlens = batch.cu_seqlens.new_zeros(shape.sequences + shape.fillers + 1)
+        self._ends = torch.arange(1, shape.fillers + 1, dtype=torch.int32, device=x.device) * shape.longest
+        self._batch = replace(batch, cu_seqlens=self.cu_seqlens, max_seqlen=shape.longest)
+        self._fill(x.detach(), batch.cu_seqlens)
+        graphs = replays.graphs
+        graphs.run_aside(self._both)
+        if graphs.capture(forward, self._forward):
+            graphs.capture(backward, self._backward)
+        self.y = self.y.detach()
+
+    def forward(self, x: torch.Tensor, cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, _Turn]:
+        """Hidden states (T, C) of x (T, C), and whose turn it is until they are computed again."""
+        self._fill(x, cu_seqlens)
+        self.replays.graphs.replay(self._keys[0])
+        turn = _Turn()
+        self.replays.latest = weakref.ref(turn)
+        return self.y[: x.shape[0]].detach().clone(), turn
+
+    def backward(self, dy: torch.Tensor, turn: _Turn) -> tuple[torch.Tensor, ...]:
+        """The gradients of x and of the parameters that have one, for the batch whose `turn` it is."""
+        if self.replays.latest() is not turn:
+            raise RuntimeError(
+                "cramfast.accelerate: a backward pass through layers that have computed another batch since; "
+                "accelerate(model, graphs=False) keeps what a second pass needs"
+            )
+        turn.done = True
+        tokens = dy.shape[0]
+        self.dy[:tokens].copy_(dy)
+        self.dy[tokens:].zero_()
+        self.replays.graphs.replay(self._keys[1])
+        return self.dx[:tokens].clone(), *_copied(self.replays.gradients)
+
+    @torch.no_grad()
+    def _fill(self, x: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
+        self.x[: x.shape[0]].copy_(x)
+        # Whatever is there would do, if it were sure to be finite.
+        self.x[x.shape[0] :].zero_()
+        self.cu_seqlens[: self.shape.sequences + 1].copy_(cu_seqlens)
+
+    def _both(self) -> None:
+        self._forward()
+        self._backward()
+
+    @torch.enable_grad()
+    def _forward(self) -> None:
+        last = self.shape.sequences
+        torch.clamp(self.cu_seqlens[last] + self._ends, max=self.shape.tokens, out=self.cu_seqlens[last + 1 :])
+        self.y = self._run(self.x, self._batch)
+
+    def _backward(self) -> None:
+        self.dx, *gradients = torch.autograd.grad(self.y, (self.x, *self._wanted), self.dy)
+        torch._foreach_copy_(self.replays.gradients, gradients)
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, recorded, x, cu_seqlens, *_parameters):
+        y, ctx.turn = recorded.forward(x, cu_seqlens)
+        ctx.recorded = recorded
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        if torch.is_grad_enabled():  # someone asked for create_graph=True
+            raise RuntimeError("kernels of cramfast cannot be differentiated twice; CRAMFAST_KERNELS=reference can")
+        dx, *gradients = ctx.recorded.backward(dy, ctx.turn)
+        return None, dx, None, *gradients
+
+
+def _copied(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Copies of tensors of one dtype, in one allocation."""
+    together = tensors[0].new_empty(sum([tensor.numel() for tensor in tensors]))
+    parts = together.split_with_sizes([tensor.numel() for tensor in tensors])
+    copies = [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+    torch._foreach_copy_(copies, tensors)
+    return copies
+
+
+def _parameters(layers: list[Layer], final_norm: nn.LayerNorm | None) -> list[nn.Parameter] | None:
+    """All parameters, each once; None unless one of them at least is trained, all of one dtype on one device."""
+    norms = [norm for layer in layers for norm in (layer.attention_norm, layer.mlp_norm)] + [final_norm]
+    found = [member for layer in layers for group in layer.groups() if group is not None for member in group]
+    found += [member for norm in norms if norm is not None for member in parameters_of(norm) if member is not None]
+    parameters = [*{id(parameter): parameter for parameter in found}.values()]
+    kinds = {(parameter.dtype, parameter.device) for parameter in parameters}
+    return parameters if len(kinds) == 1 and any(p.requires_grad for p in parameters) else None
+
+
+def _identity(parameter: nn.Parameter) -> tuple:
+    """Where it lies, and whether it is trained."""
+    return parameter.data_ptr(), parameter.requires_grad
+
+
+def _facts(layer: Layer) -> tuple:
+    """What of a layer is not a parameter and yet part of a graph."""
+    modules = (layer.module, layer.out_dropout, layer.narrow_dropout, layer.inner_dropout)
+    norms = (layer.attention_norm, layer.mlp_norm)
+    return (
+        (layer.heads, layer.attention_dropout, layer.window, layer.gated, gelu_form(layer.activation)),
+        tuple([None if module is None else (module.training, getattr(module, "p", 0.0)) for module in modules]),
+        tuple([None if norm is None else norm.eps for norm in norms]),
+    )

@@ -105,12 +105,12 @@ def _encode(
     x = family.embed(base, batch)
     layers, final_norm = family.layers(base, batch.max_seqlen), getattr(base, "final_norm", None)
 
-    def run(x: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def compute(x: torch.Tensor, batch: Batch) -> torch.Tensor:
         return run_layers(layers, family.block, final_norm, x, batch, rows)
 
     if graphs and not torch.compiler.is_compiling():
-        return replays_of(base, x.device).run(run, layers, final_norm, x, batch)
-    return run(x, batch)
+        return replays_of(base, x.device).run(compute, layers, final_norm, x, batch)
+    return compute(x, batch)
 
 
 def _base_output(base: nn.Module, hidden_BSC: torch.Tensor, given: Given):

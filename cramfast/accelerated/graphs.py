@@ -30,7 +30,7 @@ _MOST_SHAPES = 16
 _LEAST_STEP, _STEPS = 64, 8
 _LENGTHS = (64, 128, 256, 384, 512)
 
-Run = Callable[[torch.Tensor, Batch], torch.Tensor]
+Compute = Callable[[torch.Tensor, Batch], torch.Tensor]
 """The layers: x (T, C) of a batch → hidden states (T, C)."""
 
 
@@ -80,16 +80,18 @@ class Replays:
         """A copy of a model records for itself."""
         return Replays, (self.device,)
 
-    def run(self, run: Run, layers: list[Layer], final_norm: nn.LayerNorm | None, x: torch.Tensor, batch: Batch):
-        """What run(x, batch) gives, of these layers."""
+    def run(
+        self, compute: Compute, layers: list[Layer], final_norm: nn.LayerNorm | None, x: torch.Tensor, batch: Batch
+    ) -> torch.Tensor:
+        """What compute(x, batch) gives, of these layers."""
         shape = Shape.of(batch, x.shape[0]) if self._can(layers, x, batch) else None
         parameters = _parameters(layers, final_norm) if shape is not None else None
         if parameters is None:
-            return run(x, batch)
+            return compute(x, batch)
         self._begin_anew_unless((x.dtype, *map(_facts, layers), *map(_identity, parameters)))
         wanted = [parameter for parameter in parameters if parameter.requires_grad]
-        recorded = self._recorded_for(shape, run, layers, x, batch, wanted)
-        return run(x, batch) if recorded is None else _Replay.apply(recorded, x, batch.cu_seqlens, *wanted)
+        recorded = self._recorded_for(shape, compute, layers, x, batch, wanted)
+        return compute(x, batch) if recorded is None else _Replay.apply(recorded, x, batch.cu_seqlens, *wanted)
 
     def _can(self, layers: list[Layer], x: torch.Tensor, batch: Batch) -> bool:
         if self.graphs.obstacle is not None or not x.requires_grad or not torch.is_grad_enabled():
@@ -122,23 +124,23 @@ class Replays:
         self._seen.clear()
         self.graphs.forget()
 
-    def _recorded_for(self, shape: Shape, run: Run, layers: list[Layer], x, batch, wanted) -> "_Recorded | None":
+    def _recorded_for(self, shape: Shape, compute: Compute, layers, x, batch, wanted) -> "_Recorded | None":
         """What is recorded of a shape, from the second time on; it keeps the tables of the layers, and so their ids."""
         key = (shape, *(id(layer.tables[0]) for layer in layers))
         known = key in self._recorded or key not in self._seen or len(self._recorded) == _MOST_SHAPES
         self._seen.add(key)
         if not known:
             try:
-                self._record(key, shape, run, x, batch, wanted)
+                self._record(key, shape, compute, x, batch, wanted)
             except torch.OutOfMemoryError:
                 self._forget()
                 self.graphs.obstacle = "out of memory"
         return self._recorded.get(key)
 
-    def _record(self, key: Hashable, shape: Shape, run: Run, x, batch, wanted) -> None:
+    def _record(self, key: Hashable, shape: Shape, compute: Compute, x, batch, wanted) -> None:
         if not self.gradients:
             self.gradients = [torch.empty_like(parameter) for parameter in wanted]
-        recorded = _Recorded(self, key, shape, run, x, batch, wanted)
+        recorded = _Recorded(self, key, shape, compute, x, batch, wanted)
         if self.graphs.obstacle is None:
             self._recorded[key] = recorded
 
@@ -158,10 +160,10 @@ def replays_of(base: nn.Module, device: torch.device) -> Replays:
 class _Recorded:
     """The two graphs of one shape, and the tensors that they read and write."""
 
-    def __init__(self, replays: Replays, key: Hashable, shape: Shape, run: Run, x, batch: Batch, wanted: list):
+    def __init__(self, replays: Replays, key: Hashable, shape: Shape, compute: Compute, x, batch: Batch, wanted: list):
         self.replays, self.shape = replays, shape
         self._keys = forward, backward = (key, "forward"), (key, "backward")
-        self._run, self._wanted = run, wanted
+        self._compute, self._wanted = compute, wanted
         self.x = x.new_zeros((shape.tokens, x.shape[1])).requires_grad_()
         self.dy = torch.zeros_like(self.x, requires_grad=False)
         self.cu_seqlens = batch.cu_seqlens.new_zeros(shape.sequences + shape.fillers + 1)
@@ -211,7 +213,7 @@ class _Recorded:
     def _forward(self) -> None:
         last = self.shape.sequences
         torch.clamp(self.cu_seqlens[last] + self._ends, max=self.shape.tokens, out=self.cu_seqlens[last + 1 :])
-        self.y = self._run(self.x, self._batch)
+        self.y = self._compute(self.x, self._batch)
 
     def _backward(self) -> None:
         self.dx, *gradients = torch.autograd.grad(self.y, (self.x, *self._wanted), self.dy)

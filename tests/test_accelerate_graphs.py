@@ -185,6 +185,29 @@ def test_passes_that_overlap_are_computed_without_graphs(replayed):
     assert replayed["forward"] == before + 2
 
 
+def test_a_result_that_is_kept_is_no_obstacle(replayed):
+    """As in a loop whose loss is there until the next one takes its name."""
+    model, plain, kept = model_of(), model_of(graphs=False), []
+    for arguments in BATCHES[:3]:
+        for each in (model, plain):
+            each.zero_grad()
+            kept.append(loss_of(each, arguments))
+            kept[-1].backward()
+        assert_close(gradients_of(model), gradients_of(plain))
+    assert replayed == {"forward": 2, "backward": 2}
+
+
+def test_parameters_that_layers_share_have_one_gradient(replayed):
+    model, plain = model_of(layers=2), model_of(layers=2, graphs=False)
+    for each in (model, plain):
+        first, second = each.bert.encoder.layer
+        second.output.dense = first.output.dense
+        second.attention.output.LayerNorm.weight = first.attention.output.LayerNorm.weight
+    for arguments in BATCHES[:3]:
+        assert_same(step(model, arguments), step(plain, arguments))
+    assert replayed["backward"] == 2
+
+
 def test_a_result_that_nobody_needs_any_more_makes_room(replayed):
     model = model_of()
     for arguments in BATCHES[:2]:

@@ -90,7 +90,7 @@ def assert_same_by_nodes(model, given, monkeypatch, **options):
 def test_gradients_are_those_of_a_node_each(name, head, autocast, nodes, monkeypatch):
     """Of masked language modelling, the last layer computes predicted tokens alone."""
     model = made(name, head, dtype=torch.float32 if autocast else AMP).to(DEVICE)
-    cramfast.accelerate(model)
+    cramfast.accelerate(model, graphs=False)
     assert_same_by_nodes(model, given_to(name, head), monkeypatch, autocast=autocast)
     assert nodes["layers"] == model.config.num_hidden_layers
 
@@ -101,7 +101,7 @@ def test_layers_without_biases_and_other_forms_of_gelu(nodes, monkeypatch):
         for module in layer.modules():
             if isinstance(module, nn.Linear | nn.LayerNorm):
                 module.bias = None
-    cramfast.accelerate(model)
+    cramfast.accelerate(model, graphs=False)
     assert_same_by_nodes(model, given_to("Bert", "ForMaskedLM"), monkeypatch)
     assert nodes["layers"] == 2
 
@@ -111,7 +111,7 @@ def test_frozen_parameters(frozen, nodes, monkeypatch):
     model = made("Bert", "ForSequenceClassification", dtype=torch.float32).to(DEVICE)
     for name, parameter in model.bert.named_parameters():
         parameter.requires_grad_(re.search(frozen, name) is None)
-    cramfast.accelerate(model)
+    cramfast.accelerate(model, graphs=False)
     assert_same_by_nodes(model, given_to("Bert", "ForSequenceClassification"), monkeypatch)
     assert nodes["layers"] == 2
 
@@ -128,7 +128,7 @@ def test_what_a_tape_does_not_know_runs_as_before(nodes):
         with torch.autocast(DEVICE, AMP):
             torch.testing.assert_close(model(**given).loss, untouched(**given).loss, rtol=1e-2, atol=0)
     single = made("Bert", dtype=torch.float32).to(DEVICE)
-    cramfast.accelerate(single)
+    cramfast.accelerate(single, graphs=False)
     if not NATIVE:  # which finds no attention for it when it has to be Triton's
         with pytest.raises(RuntimeError, match="CRAMFAST_KERNELS=triton, but varlen_attention cannot run"):
             single(**given)
@@ -139,7 +139,7 @@ def test_what_a_tape_does_not_know_runs_as_before(nodes):
 @pytest.mark.parametrize("name", ["Bert", "ModernBert"])
 def test_gradient_checkpointing(name, reentrant, nodes):
     model, given = made(name, dropout=0.2, dtype=torch.float32).to(DEVICE), given_to(name, "ForMaskedLM")
-    cramfast.accelerate(model)
+    cramfast.accelerate(model, graphs=False)
     kept = gradients(model, given)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     again = gradients(model, given)
@@ -150,7 +150,7 @@ def test_gradient_checkpointing(name, reentrant, nodes):
 def test_dropout_is_drawn_again_for_each_layer_and_pass():
     torch.manual_seed(0)
     model, given = made("Bert", "Model", dropout=0.3, dtype=AMP).to(DEVICE), to_device(batch_of("Bert", labels=False))
-    cramfast.accelerate(model)
+    cramfast.accelerate(model, graphs=False)
     seeds = []
 
     def recorded(self, *arguments):
@@ -172,7 +172,7 @@ def test_dropout_is_drawn_again_for_each_layer_and_pass():
 
 def test_gradients_are_collected_over_several_passes():
     model, given = made("Bert", dtype=torch.float32).to(DEVICE), given_to("Bert", "ForMaskedLM")
-    cramfast.accelerate(model)
+    cramfast.accelerate(model, graphs=False)
     once = gradients(model, given)
     with torch.autocast(DEVICE, AMP):
         loss = model(**given).loss
@@ -188,7 +188,7 @@ def test_gradients_are_collected_over_several_passes():
 
 def test_without_gradients():
     model, given = made("Bert", "Model", dtype=torch.float32).to(DEVICE), to_device(batch_of("Bert", labels=False))
-    cramfast.accelerate(model)
+    cramfast.accelerate(model, graphs=False)
     with torch.autocast(DEVICE, AMP):
         trained = model(**given).last_hidden_state
         for context in (torch.no_grad, torch.inference_mode):
@@ -216,7 +216,7 @@ def costs_of(layers, monkeypatch, name="Bert"):
     """(operations of torch, kernels launched, nodes of autograd) of a step with so many layers, with all dropouts."""
     model = made(name, "ForSequenceClassification", dropout=0.1, dtype=torch.float32, num_hidden_layers=layers)
     given, launches = given_to(name, "ForSequenceClassification"), []
-    cramfast.accelerate(model.to(DEVICE))
+    cramfast.accelerate(model.to(DEVICE), graphs=False)
     monkeypatch.setattr(Launch, "__call__", lambda *arguments: launches.append(arguments))
     with _Counted() as counted:
         with torch.autocast(DEVICE, AMP):
@@ -245,7 +245,7 @@ def test_what_a_layer_costs_the_host(monkeypatch):
 
 def test_copies_run_on_their_own_weights_and_undo_restores():
     model, given = made("Bert", dtype=AMP).to(DEVICE), given_to("Bert", "ForMaskedLM")
-    accelerated = cramfast.accelerate(model)
+    accelerated = cramfast.accelerate(model, graphs=False)
     copied = copy.deepcopy(model)
     before = model(**given).loss
     with torch.no_grad():

@@ -334,6 +334,17 @@ def test_a_shape_that_cannot_be_captured_comes_after_others():
 
 
 @needs_gpu
+def test_random_numbers_go_on_after_a_capture_that_failed():
+    graphs, drawn = Graphs(DEVICE), []
+    graphs.run(0, lambda: torch.rand(4, device=DEVICE).sum().item())
+    assert graphs.obstacle
+    for _ in range(2):
+        torch.manual_seed(0)
+        drawn.append(torch.rand(4, device=DEVICE))
+    assert torch.equal(*drawn)
+
+
+@needs_gpu
 def test_references_train_alike_with_graphs_and_without(reference):
     graphed, eager = (make_step(graphs, torch.float32) for graphs in (True, False))
     # torch's own index operations are not the same every time.

@@ -152,8 +152,8 @@ def pre_norm(
 
 
 def run_layers(
-    layers: list[Layer],
     block: Callable,
+    layers: list[Layer],
     final_norm: nn.LayerNorm | None,
     x: torch.Tensor,
     batch: Batch,

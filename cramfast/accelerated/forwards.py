@@ -6,6 +6,7 @@ B sequences of S places, T real tokens, M predicted ones, C hidden size.
 import inspect
 import warnings
 from collections.abc import Callable
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -104,13 +105,9 @@ def _encode(
     """Hidden states (T, C) of the batch, or (M, C) of `rows` (M,)."""
     x = family.embed(base, batch)
     layers, final_norm = family.layers(base, batch.max_seqlen), getattr(base, "final_norm", None)
-
-    def compute(x: torch.Tensor, batch: Batch) -> torch.Tensor:
-        return run_layers(layers, family.block, final_norm, x, batch, rows)
-
     if graphs and not torch.compiler.is_compiling():
-        return replays_of(base, x.device).run(compute, layers, final_norm, x, batch)
-    return compute(x, batch)
+        return replays_of(base, x.device).run(partial(run_layers, family.block), layers, final_norm, x, batch)
+    return run_layers(family.block, layers, final_norm, x, batch, rows)
 
 
 def _base_output(base: nn.Module, hidden_BSC: torch.Tensor, given: Given):

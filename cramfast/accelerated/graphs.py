@@ -8,9 +8,14 @@ its result copied out; so are the gradients of the parameters, which come back a
 what is there. All recordings share one memory for activations, so that only one batch is on its way at a time: while a
 result waits for its backward pass, others are computed without graphs.
 
+What is recorded are layers over tensors that lie where the parameters do, but are others to autograd: as long as the
+result of any batch is kept, so is autograd's note of the parameters and the stream that they were used on, which is
+none that is being captured.
+
 T tokens, C hidden size, B sequences.
 """
 
+import copy
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
@@ -30,8 +35,8 @@ _MOST_SHAPES = 16
 _LEAST_STEP, _STEPS = 64, 8
 _LENGTHS = (64, 128, 256, 384, 512)
 
-Compute = Callable[[torch.Tensor, Batch], torch.Tensor]
-"""The layers: x (T, C) of a batch → hidden states (T, C)."""
+Compute = Callable[[list[Layer], nn.LayerNorm | None, torch.Tensor, Batch], torch.Tensor]
+"""What the layers, and the norm behind the last of them, make of x (T, C) of a batch: hidden states (T, C)."""
 
 
 class Shape(NamedTuple):
@@ -83,15 +88,17 @@ class Replays:
     def run(
         self, compute: Compute, layers: list[Layer], final_norm: nn.LayerNorm | None, x: torch.Tensor, batch: Batch
     ) -> torch.Tensor:
-        """What compute(x, batch) gives, of these layers."""
+        """What `compute` gives."""
         shape = Shape.of(batch, x.shape[0]) if self._can(layers, x, batch) else None
         parameters = _parameters(layers, final_norm) if shape is not None else None
         if parameters is None:
-            return compute(x, batch)
+            return compute(layers, final_norm, x, batch)
         self._begin_anew_unless((x.dtype, *map(_facts, layers), *map(_identity, parameters)))
+        recorded = self._recorded_for(shape, compute, layers, final_norm, x, batch)
+        if recorded is None:
+            return compute(layers, final_norm, x, batch)
         wanted = [parameter for parameter in parameters if parameter.requires_grad]
-        recorded = self._recorded_for(shape, compute, layers, x, batch, wanted)
-        return compute(x, batch) if recorded is None else _Replay.apply(recorded, x, batch.cu_seqlens, *wanted)
+        return _Replay.apply(recorded, x, batch.cu_seqlens, *wanted)
 
     def _can(self, layers: list[Layer], x: torch.Tensor, batch: Batch) -> bool:
         if self.graphs.obstacle is not None or not x.requires_grad or not torch.is_grad_enabled():
@@ -124,25 +131,21 @@ class Replays:
         self._seen.clear()
         self.graphs.forget()
 
-    def _recorded_for(self, shape: Shape, compute: Compute, layers, x, batch, wanted) -> "_Recorded | None":
+    def _recorded_for(self, shape: Shape, compute: Compute, layers, final_norm, x, batch) -> "_Recorded | None":
         """What is recorded of a shape, from the second time on; it keeps the tables of the layers, and so their ids."""
         key = (shape, *(id(layer.tables[0]) for layer in layers))
         known = key in self._recorded or key not in self._seen or len(self._recorded) == _MOST_SHAPES
         self._seen.add(key)
         if not known:
             try:
-                self._record(key, shape, compute, x, batch, wanted)
+                recorded = _Recorded(self, key, shape, compute, *_apart(layers, final_norm), x, batch)
             except torch.OutOfMemoryError:
                 self._forget()
                 self.graphs.obstacle = "out of memory"
+            else:
+                if self.graphs.obstacle is None:
+                    self._recorded[key] = recorded
         return self._recorded.get(key)
-
-    def _record(self, key: Hashable, shape: Shape, compute: Compute, x, batch, wanted) -> None:
-        if not self.gradients:
-            self.gradients = [torch.empty_like(parameter) for parameter in wanted]
-        recorded = _Recorded(self, key, shape, compute, x, batch, wanted)
-        if self.graphs.obstacle is None:
-            self._recorded[key] = recorded
 
 
 REPLAYS = "_cramfast_replays"
@@ -160,10 +163,13 @@ def replays_of(base: nn.Module, device: torch.device) -> Replays:
 class _Recorded:
     """The two graphs of one shape, and the tensors that they read and write."""
 
-    def __init__(self, replays: Replays, key: Hashable, shape: Shape, compute: Compute, x, batch: Batch, wanted: list):
+    def __init__(self, replays: Replays, key: Hashable, shape: Shape, compute: Compute, layers, final_norm, x, batch):
         self.replays, self.shape = replays, shape
         self._keys = forward, backward = (key, "forward"), (key, "backward")
-        self._compute, self._wanted = compute, wanted
+        self._compute, self._layers, self._final_norm = compute, layers, final_norm
+        self._wanted = [parameter for parameter in _parameters(layers, final_norm) if parameter.requires_grad]
+        if not replays.gradients:
+            replays.gradients = [torch.empty_like(parameter, requires_grad=False) for parameter in self._wanted]
         self.x = x.new_zeros((shape.tokens, x.shape[1])).requires_grad_()
         self.dy = torch.zeros_like(self.x, requires_grad=False)
         self.cu_seqlens = batch.cu_seqlens.new_zeros(shape.sequences + shape.fillers + 1)
@@ -213,7 +219,7 @@ class _Recorded:
     def _forward(self) -> None:
         last = self.shape.sequences
         torch.clamp(self.cu_seqlens[last] + self._ends, max=self.shape.tokens, out=self.cu_seqlens[last + 1 :])
-        self.y = self._compute(self.x, self._batch)
+        self.y = self._compute(self._layers, self._final_norm, self.x, self._batch)
 
     def _backward(self) -> None:
         self.dx, *gradients = torch.autograd.grad(self.y, (self.x, *self._wanted), self.dy)
@@ -244,17 +250,41 @@ def _copied(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     return copies
 
 
-def _parameters(layers: list[Layer], final_norm: nn.LayerNorm | None) -> list[nn.Parameter] | None:
+def _apart(layers: list[Layer], final_norm: nn.LayerNorm | None) -> tuple[list[Layer], nn.LayerNorm | None]:
+    """The same over tensors that share the memory of the parameters, and nothing else."""
+    tensors: dict[int, torch.Tensor] = {}
+
+    def apart(module: nn.Module | None) -> nn.Module | None:
+        if module is None:
+            return None
+        parameters = {name: p for name, p in module._parameters.items() if p is not None}
+        for p in parameters.values():
+            if id(p) not in tensors:
+                tensors[id(p)] = p.detach().requires_grad_(p.requires_grad)
+        other = copy.copy(module)
+        other._parameters = module._parameters | {name: tensors[id(p)] for name, p in parameters.items()}
+        return other
+
+    names = ("out", "attention_norm", "wide", "narrow", "mlp_norm")
+    others = [
+        replace(layer, qkv=tuple(map(apart, layer.qkv)), **{name: apart(getattr(layer, name)) for name in names})
+        for layer in layers
+    ]
+    return others, apart(final_norm)
+
+
+def _parameters(layers: list[Layer], final_norm: nn.LayerNorm | None) -> list[torch.Tensor] | None:
     """All parameters, each once; None unless one of them at least is trained, all of one dtype on one device."""
     norms = [norm for layer in layers for norm in (layer.attention_norm, layer.mlp_norm)] + [final_norm]
     found = [member for layer in layers for group in layer.groups() if group is not None for member in group]
     found += [member for norm in norms if norm is not None for member in parameters_of(norm) if member is not None]
     parameters = [*{id(parameter): parameter for parameter in found}.values()]
-    kinds = {(parameter.dtype, parameter.device) for parameter in parameters}
-    return parameters if len(kinds) == 1 and any(p.requires_grad for p in parameters) else None
+    kinds = {(parameter.dtype, parameter.device, parameter.is_leaf) for parameter in parameters}
+    alike = len(kinds) == 1 and parameters[0].is_leaf
+    return parameters if alike and any(parameter.requires_grad for parameter in parameters) else None
 
 
-def _identity(parameter: nn.Parameter) -> tuple:
+def _identity(parameter: torch.Tensor) -> tuple:
     """Where it lies, and whether it is trained."""
     return parameter.data_ptr(), parameter.requires_grad
 

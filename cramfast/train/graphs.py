@@ -83,12 +83,17 @@ class Graphs:
         return True
 
     def _close_capture(self) -> None:
-        """Tell the allocator that a capture is over. Torch leaves one that failed open, and then the allocator hands no
-        memory back to the card, of graphs or not."""
+        """Tell torch that a capture is over, which leaves one that failed open: then the allocator hands no memory back
+        to the card, of graphs or not, and there are no random numbers."""
         device = self._stream.device_index
         with contextlib.suppress(RuntimeError):  # it was closed
             torch._C._cuda_endAllocateToPool(device, self._pool)
             torch._C._cuda_releasePool(device, self._pool)
+        with contextlib.suppress(RuntimeError):
+            something = torch.zeros(1, device=self._stream.device)
+            # The generator of random numbers takes the end of the next capture for that of its own.
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream, capture_error_mode="relaxed"):
+                something.zero_()
 
     def forget(self) -> None:
         """Let go of the graphs and their memory."""

@@ -89,7 +89,8 @@ class Graphs:
         with contextlib.suppress(RuntimeError):  # it was closed
             torch._C._cuda_endAllocateToPool(device, self._pool)
             torch._C._cuda_releasePool(device, self._pool)
-        with contextlib.suppress(RuntimeError):
+        # A graph that cannot begin leaves its stream in place of the current one.
+        with contextlib.suppress(RuntimeError), torch.cuda.stream(torch.cuda.current_stream()):
             something = torch.zeros(1, device=self._stream.device)
             # The generator of random numbers takes the end of the next capture for that of its own.
             with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream, capture_error_mode="relaxed"):

@@ -2,7 +2,8 @@
 
 Each `<!-- bench:MODULE -->` … `<!-- /bench -->` in the README is filled from that module's results, `bench:bars` with
 the bars that are not held, `bench:projection` with what other cards are projected to reach, `bench:glue` with what
-finetuning came to; no number there is typed by hand. `--check` only says whether README and results agree.
+finetuning came to, `bench:headline` with the most telling of it all; no number there is typed by hand. `--check` only
+says whether README and results agree.
 """
 
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 from cramfast import cli
 from cramfast.errors import UserError
 
-from . import bars, glue, ledger, plots, projection, tables
+from . import bars, glue, headline, ledger, plots, projection, tables
 
 _ROOT = Path(__file__).parents[1]
 _SECTION = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
@@ -79,6 +80,8 @@ def fill(text: str, devices: list[ledger.Device], plots_at: str) -> str:
             content = projection.projection_table()
         elif name == "glue":
             content = glue.tables_of(devices)
+        elif name == "headline":
+            content = headline.headline(devices)
         else:
             content = tables.module_tables(name, devices, plots_at)
         return match[1] + content + "\n" + match[3]

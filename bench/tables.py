@@ -91,13 +91,19 @@ def _operator_tables(device: Device, module: Module) -> list[str]:
             "fwd µs",
             "fwd+bwd µs",
             "of copy: fwd",
-            "fwd+bwd",
+            "of copy: fwd+bwd",
             *rivals.values(),
             "extra MiB",
             "host µs",
         )
-        tables.append(f"**`{operator}`** {case}, {dtype}\n\n{markdown(head, rows)}")
+        tables.append(f"**`{operator}`** {case}, {dtype}\n\n{markdown(*_told(head, rows))}")
     return tables
+
+
+def _told(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Head and rows without the columns that are empty in every row."""
+    kept = [column for column in range(len(head)) if any(row[column] for row in rows)]
+    return tuple(head[column] for column in kept), [tuple(row[column] for column in kept) for row in rows]
 
 
 def _row(device: Device, records: list[Record], rivals: tuple[str, ...]) -> tuple[str, ...]:

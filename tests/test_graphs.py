@@ -334,10 +334,11 @@ def test_a_shape_that_cannot_be_captured_comes_after_others():
 
 
 @needs_gpu
-def test_random_numbers_go_on_after_a_capture_that_failed():
-    graphs, drawn = Graphs(DEVICE), []
+def test_a_capture_that_failed_leaves_random_numbers_and_the_stream_as_they_were():
+    graphs, drawn, stream = Graphs(DEVICE), [], torch.cuda.current_stream()
     graphs.run(0, lambda: torch.rand(4, device=DEVICE).sum().item())
     assert graphs.obstacle
+    assert torch.cuda.current_stream() == stream
     for _ in range(2):
         torch.manual_seed(0)
         drawn.append(torch.rand(4, device=DEVICE))

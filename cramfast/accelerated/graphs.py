@@ -77,23 +77,27 @@ class Replays:
         self.gradients: list[torch.Tensor] = []
         self.latest: Callable[[], _Turn | None] = lambda: None
         self._facts: tuple | None = None
+        self._place: int | None = None
         self._seen: set[Hashable] = set()
         self._recorded: dict[Hashable, _Recorded] = {}
         self._stream: int | None = None
 
     def __reduce__(self):
-        """A copy of a model records for itself."""
-        return Replays, (self.device,)
+        """A copy of a model records for itself, perhaps elsewhere: it has None."""
+        return type(None), ()
 
     def run(
         self, compute: Compute, layers: list[Layer], final_norm: nn.LayerNorm | None, x: torch.Tensor, batch: Batch
     ) -> torch.Tensor:
         """What `compute` gives."""
+        if self._recorded and self._is_free() and _lies_at(layers) != self._place:
+            self._forget()  # for whoever moves a model and trains it no more
         shape = Shape.of(batch, x.shape[0]) if self._can(layers, x, batch) else None
         parameters = _parameters(layers, final_norm) if shape is not None else None
         if parameters is None:
             return compute(layers, final_norm, x, batch)
         self._begin_anew_unless((x.dtype, *map(_facts, layers), *map(_identity, parameters)))
+        self._place = _lies_at(layers)
         recorded = self._recorded_for(shape, compute, layers, final_norm, x, batch)
         if recorded is None:
             return compute(layers, final_norm, x, batch)
@@ -103,12 +107,17 @@ class Replays:
     def _can(self, layers: list[Layer], x: torch.Tensor, batch: Batch) -> bool:
         if self.graphs.obstacle is not None or not x.requires_grad or not torch.is_grad_enabled():
             return False
-        turn = self.latest()
-        if turn is not None and not turn.done:
+        # Who looks at all that is saved, as checkpointing does, would find it here in one pass and not in another.
+        if not self._is_free() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
             return False
         if any(layer.module.training and getattr(layer.module, "gradient_checkpointing", False) for layer in layers):
             return False
         return self._is_alone(x) and fits_tapes(layers, x, batch)
+
+    def _is_free(self) -> bool:
+        """Whether no result waits for its backward pass."""
+        turn = self.latest()
+        return turn is None or turn.done
 
     def _is_alone(self, x: torch.Tensor) -> bool:
         """Whether work for x comes behind all that the graphs did before, and becomes part of no other graph."""
@@ -145,6 +154,8 @@ class Replays:
             else:
                 if self.graphs.obstacle is None:
                     self._recorded[key] = recorded
+                else:
+                    self._forget()
         return self._recorded.get(key)
 
 
@@ -177,9 +188,11 @@ class _Recorded:
         self._batch = replace(batch, cu_seqlens=self.cu_seqlens, max_seqlen=shape.longest)
         self._fill(x.detach(), batch.cu_seqlens)
         graphs = replays.graphs
-        graphs.run_aside(self._both)
-        if graphs.capture(forward, self._forward):
-            graphs.capture(backward, self._backward)
+        # Random numbers go on as if nothing had been recorded.
+        with torch.random.fork_rng([x.device] if x.is_cuda else []):
+            graphs.run_aside(self._both)
+            if graphs.capture(forward, self._forward):
+                graphs.capture(backward, self._backward)
         self.y = self.y.detach()
 
     def forward(self, x: torch.Tensor, cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, _Turn]:
@@ -192,10 +205,11 @@ class _Recorded:
 
     def backward(self, dy: torch.Tensor, turn: _Turn) -> tuple[torch.Tensor, ...]:
         """The gradients of x and of the parameters that have one, for the batch whose `turn` it is."""
-        if self.replays.latest() is not turn:
+        if turn.done or self.replays.latest() is not turn:
+            # Activations had their place in memory until the first pass needed it for others.
             raise RuntimeError(
-                "cramfast.accelerate: a backward pass through layers that have computed another batch since; "
-                "accelerate(model, graphs=False) keeps what a second pass needs"
+                "cramfast.accelerate: a second backward pass through layers that run as CUDA graphs; "
+                "accelerate(model, graphs=False) keeps what it needs"
             )
         turn.done = True
         tokens = dy.shape[0]
@@ -284,9 +298,14 @@ def _parameters(layers: list[Layer], final_norm: nn.LayerNorm | None) -> list[to
     return parameters if alike and any(parameter.requires_grad for parameter in parameters) else None
 
 
+def _lies_at(layers: list[Layer]) -> int:
+    """The address of the first parameter, which moves with the others."""
+    return parameters_of(layers[0].out)[0].data_ptr()
+
+
 def _identity(parameter: torch.Tensor) -> tuple:
-    """Where it lies, and whether it is trained."""
-    return parameter.data_ptr(), parameter.requires_grad
+    """Where it lies and how, and whether it is trained."""
+    return parameter.data_ptr(), parameter.stride(), parameter.requires_grad
 
 
 def _facts(layer: Layer) -> tuple:

@@ -67,34 +67,35 @@ class Graphs:
 
     def capture(self, key: Hashable, work: Callable[[], None]) -> bool:
         """Make `work`, which does not run, the graph of `key`; returns whether it can be one."""
-        graph = torch.cuda.CUDAGraph()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             # Relaxed: kernels used for the first time are loaded, and other threads pin memory for batches.
             with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="relaxed"):
                 work()
         except torch.OutOfMemoryError:
-            self._close_capture()
+            self._close_capture(current)
             raise
         except RuntimeError as error:
-            self._close_capture()
+            self._close_capture(current)
             self.obstacle = str(error).strip().splitlines()[0]
             return False
         self._graphs[key] = graph
         return True
 
-    def _close_capture(self) -> None:
-        """Tell torch that a capture is over, which leaves one that failed open: then the allocator hands no memory back
-        to the card, of graphs or not, and there are no random numbers."""
+    def _close_capture(self, current: torch.cuda.Stream) -> None:
+        """Tell torch that a capture is over, which leaves one that failed open: then its stream stays the current one,
+        the allocator hands no memory back to the card, of graphs or not, and there are no random numbers."""
+        torch.cuda.set_stream(current)
         device = self._stream.device_index
         with contextlib.suppress(RuntimeError):  # it was closed
             torch._C._cuda_endAllocateToPool(device, self._pool)
             torch._C._cuda_releasePool(device, self._pool)
-        # A graph that cannot begin leaves its stream in place of the current one.
-        with contextlib.suppress(RuntimeError), torch.cuda.stream(torch.cuda.current_stream()):
+        with contextlib.suppress(RuntimeError):
             something = torch.zeros(1, device=self._stream.device)
             # The generator of random numbers takes the end of the next capture for that of its own.
             with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream, capture_error_mode="relaxed"):
                 something.zero_()
+        torch.cuda.set_stream(current)
 
     def forget(self) -> None:
         """Let go of the graphs and their memory."""

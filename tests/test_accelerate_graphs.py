@@ -235,6 +235,17 @@ def test_a_second_backward_pass_is_an_error(replayed):
     assert replayed["backward"] == 3
 
 
+def test_parameters_changed_before_the_backward_pass_are_an_error():
+    model = model_of(dtype=AMP)
+    for arguments in BATCHES[:2]:
+        step(model, arguments)
+    loss = loss_of(model, BATCHES[0])
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="parameters were changed between a forward pass and its backward pass"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_around_the_model(reentrant, replayed):
     model, plain = model_of(dropout=0.2), model_of(dropout=0.2, graphs=False)

@@ -64,8 +64,9 @@ class Shape(NamedTuple):
 
 @dataclass(eq=False)
 class _Turn:
-    """One batch's way through the graphs; done: its backward pass was there."""
+    """One batch's way through the graphs, over parameters as they were; done: its backward pass was there."""
 
+    versions: int
     done: bool = False
 
 
@@ -199,7 +200,7 @@ class _Recorded:
         """Hidden states (T, C) of x (T, C), and whose turn it is until they are computed again."""
         self._fill(x, cu_seqlens)
         self.replays.graphs.replay(self._keys[0])
-        turn = _Turn()
+        turn = _Turn(self._versions())
         self.replays.latest = weakref.ref(turn)
         return self.y[: x.shape[0]].detach().clone(), turn
 
@@ -211,12 +212,20 @@ class _Recorded:
                 "cramfast.accelerate: a second backward pass through layers that run as CUDA graphs; "
                 "accelerate(model, graphs=False) keeps what it needs"
             )
+        if turn.versions != self._versions():
+            raise RuntimeError(
+                "cramfast.accelerate: parameters were changed between a forward pass and its backward pass"
+            )
         turn.done = True
         tokens = dy.shape[0]
         self.dy[:tokens].copy_(dy)
         self.dy[tokens:].zero_()
         self.replays.graphs.replay(self._keys[1])
         return self.dx[:tokens].clone(), *_copied(self.replays.gradients)
+
+    def _versions(self) -> int:
+        """Another number after every operation in place on a parameter, which the backward pass reads once more."""
+        return sum([parameter._version for parameter in self._wanted])
 
     @torch.no_grad()
     def _fill(self, x: torch.Tensor, cu_seqlens: torch.Tensor) -> None:

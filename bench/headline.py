@@ -45,8 +45,9 @@ def headline(devices: list[Device]) -> str:
     for device in devices:
         lines = [*_speeds(device), *_scores(device)]
         if lines:
-            names = {module.environment["device"] for module in device.modules.values()}
-            parts.append(f"Measured on one {min(names)}:\n\n" + "\n".join(f"- {line}" for line in lines))
+            measured = [module.environment for module in device.modules.values()]
+            name = (measured or [device.glue["environment"]])[0]["device"]
+            parts.append(f"Measured on one {name}:\n\n" + "\n".join(f"- {line}" for line in lines))
     return "\n\n".join(parts) or "Nothing measured yet."
 
 

@@ -40,6 +40,11 @@ def test_scores_are_medians_of_what_was_finetuned():
     assert headline([device_of(glue=glue)]).endswith(": SST-2 85.0")
 
 
+def test_a_card_of_which_only_scores_are_known():
+    glue = {"environment": {"device": "Card 6"}, "rows": {"pretrained": row(0.9)}}
+    assert headline([Device("card", {}, glue)]).startswith("Measured on one Card 6:\n\n- GLUE")
+
+
 def test_of_nothing_there_is_nothing_to_say():
     assert headline([device_of(record("gelu/fwd/1x1", "cramfast", 1.0))]) == "Nothing measured yet."
     assert headline([]) == "Nothing measured yet."

@@ -48,12 +48,15 @@ def assert_said(records: list[dict]) -> None:
 
 
 def test_eight_minutes_of_pretraining_help_on_every_task():
-    settings = json.loads((H200 / "pretrain-cramfast-base" / "config.json").read_text())["settings"]
+    config = json.loads((H200 / "pretrain-cramfast-base" / "config.json").read_text())
+    settings = config["settings"]
     records = read_metrics(H200 / "pretrain-cramfast-base" / "metrics.jsonl")
     assert (settings["preset"], settings["recipe"]) == ("cramfast-base", "cramfast")
     assert records[-1]["seconds"] >= 480
     assert_said(records[-2:])
-    rows = json.loads((H200 / ledger.GLUE).read_text())["rows"]
+    finetuned = json.loads((H200 / ledger.GLUE).read_text())
+    assert {config["environment"]["device"], finetuned["environment"]["device"]} == {"NVIDIA H200"}
+    rows = finetuned["rows"]
     assert {len(task["seeds"]) for row in rows.values() for task in row["tasks"].values()} == {3}
     pretrained, random = medians(rows[glue.PRETRAINED]), medians(rows[glue.RANDOM])
     assert pretrained.keys() == random.keys()

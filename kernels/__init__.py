@@ -23,6 +23,7 @@ if __name__ == "cramfast.kernels":
     from .mask_tokens import mask_tokens, mask_tokens_reference
     from .mlm_loss import mlm_loss, mlm_loss_reference, mlm_scores, mlm_scores_reference
     from .muon import muon_direction, muon_direction_reference, muon_update, muon_update_reference
+    from .operator import expect_first_derivative
     from .orthogonalise import orthogonalise, orthogonalise_reference
     from .padding import pad, unpad
     from .select_rows import select_rows, select_rows_reference
@@ -52,6 +53,7 @@ if __name__ == "cramfast.kernels":
         "embed",
         "embed_reference",
         "every_launch",
+        "expect_first_derivative",
         "geglu",
         "geglu_linear",
         "geglu_reference",

@@ -37,7 +37,7 @@ from .attention_settings import (
     tile_for,
 )
 from .dispatch import pick
-from .launch import capability_of, ceil_div, contiguous, multiprocessors
+from .launch import capability_of, ceil_div, contiguous, dtype_of, multiprocessors
 from .long_attention import long_attention, rotate, turn
 from .operator import Operator, define
 from .rotary import token_angles, turn_packed
@@ -96,7 +96,7 @@ def _setting(qkv, groups, angles, tile) -> Setting:
 def _run(kernel, tuning, tensors, qkv, groups, tile, longest, scale, window, dropout):
     """Run `kernel` over `tensors` with a program for each piece of work, or as many as stay on the GPU."""
     total, _, heads, head_size = qkv.shape
-    dtypes = tuple([None if tensor is None else tensor.dtype for tensor in tensors])
+    dtypes = tuple(map(dtype_of, tensors))
     launch = launch_for(kernel, tuning, dtypes, int(heads), int(head_size), tile, window >= 0)
     count = total // longest if groups is None else groups.shape[0] - 1
     programs = count * heads * (1 if tile else ceil_div(longest, BLOCK))

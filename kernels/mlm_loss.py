@@ -123,10 +123,10 @@ def _rows(hidden, positions):
     return rows
 
 
-def _over_tiles(launch, rows, *arguments):
-    """Run a kernel whose programs take ROWS × TILE elements of a tensor of `rows` rows."""
+def _over_tiles(launch, rows, *arguments, width=None):
+    """Run a kernel whose programs take ROWS × TILE elements of a tensor of `rows` rows, of C elements or `width`."""
     constants = launch.constants
-    width = constants.get("C") or constants["WIDTH"]
+    width = constants["C"] if width is None else width
     launch(ceil_div(rows, constants["ROWS"]) * ceil_div(width, constants["TILE"]), *arguments)
 
 
@@ -271,11 +271,10 @@ def _weight_gradient(hidden, weight, bias, positions, targets, statistics, optio
     stride = row_stride(columns)
     buffer, product = rows.new_empty(count, stride), rows.new_empty(columns, width, dtype=torch.float32)
     launch = block_launch(vocabulary, dtype, dtype_of(bias), options)
-    tiles = ceil_div(count, launch.constants["ROWS"]) * ceil_div(stride, launch.constants["TILE"])
     for start, end in blocks:
         logits = buffer[:, : end - start]
         torch.mm(rows, weight[start:end].to(dtype).t(), out=logits)
-        launch(tiles, buffer, targets, bias, statistics, start, count, stride)
+        _over_tiles(launch, count, buffer, targets, bias, statistics, start, count, stride, width=stride)
         part = product[: end - start]
         add_product(part, logits.t(), rows, first=True)
         _scaled(part, out[start:end], gradient_scale(dtype), dloss, inverse, joins)

@@ -32,6 +32,12 @@ def define(name: str, schema: str, implementation: Callable):
     return getattr(torch.ops.cramfast, name).default
 
 
+def expect_first_derivative(who: str) -> None:
+    """Raise RuntimeError in a backward pass that is to be differentiated itself, as with create_graph=True."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{who} cannot be differentiated twice; CRAMFAST_KERNELS=reference can")
+
+
 class Operator:
     """An operator with a gradient.
 
@@ -89,8 +95,7 @@ def _autograd_function(name, forward, save, backward, gradients, outputs) -> typ
         return results[0] if outputs == 1 else results[:outputs]
 
     def load_and_backward(ctx, *grads):
-        if torch.is_grad_enabled():  # someone asked for create_graph=True
-            raise RuntimeError(f"{name}: its kernels cannot be differentiated twice; CRAMFAST_KERNELS=reference can")
+        expect_first_derivative(f"{name}: its kernels")
         return gradients(ctx, backward, *grads)
 
     methods = {"forward": staticmethod(forward_and_save), "backward": staticmethod(load_and_backward)}

@@ -37,6 +37,7 @@ from .layer_norm import (
 )
 from .linear import linear
 from .main_grad import product
+from .operator import expect_first_derivative
 from .select_rows import put_back, select_rows
 
 _undrop = torch.ops.aten.native_dropout_backward.default
@@ -298,8 +299,7 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        if torch.is_grad_enabled():  # someone asked for create_graph=True
-            raise RuntimeError("kernels of cramfast cannot be differentiated twice; CRAMFAST_KERNELS=reference can")
+        expect_first_derivative("kernels of cramfast")
         saved, gradients = ctx.saved_tensors, _Gradients(ctx.outputs, grads)
         for outputs, back, kept in reversed(ctx.steps):
             if not gradients.keys().isdisjoint(outputs):

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ..kernels import expect_first_derivative
 from ..train.graphs import Graphs
 from .batch import Batch
 from .encoder import Layer, fits_tapes, gelu_form
@@ -97,8 +98,10 @@ class Replays:
         parameters = _parameters(layers, final_norm) if shape is not None else None
         if parameters is None:
             return compute(layers, final_norm, x, batch)
-        self._begin_anew_unless((x.dtype, *map(_facts, layers), *map(_identity, parameters)))
-        self._place = _lies_at(layers)
+        facts = (x.dtype, *map(_facts, layers), *map(_identity, parameters))
+        if facts != self._facts:  # the model is not what was recorded
+            self._forget()
+            self._facts, self._place = facts, _lies_at(layers)
         recorded = self._recorded_for(shape, compute, layers, final_norm, x, batch)
         if recorded is None:
             return compute(layers, final_norm, x, batch)
@@ -130,12 +133,6 @@ class Replays:
         self._stream = stream if self._stream is None else self._stream
         return stream == self._stream
 
-    def _begin_anew_unless(self, facts: tuple) -> None:
-        """Forget all recordings where the model is not what they were made of."""
-        if facts != self._facts:
-            self._forget()
-            self._facts = facts
-
     def _forget(self) -> None:
         self._facts, self._recorded, self.gradients, self.latest = None, {}, [], lambda: None
         self._seen.clear()
@@ -144,20 +141,19 @@ class Replays:
     def _recorded_for(self, shape: Shape, compute: Compute, layers, final_norm, x, batch) -> "_Recorded | None":
         """What is recorded of a shape, from the second time on; it keeps the tables of the layers, and so their ids."""
         key = (shape, *(id(layer.tables[0]) for layer in layers))
-        known = key in self._recorded or key not in self._seen or len(self._recorded) == _MOST_SHAPES
+        again = key in self._seen and key not in self._recorded
         self._seen.add(key)
-        if not known:
-            try:
-                recorded = _Recorded(self, key, shape, compute, *_apart(layers, final_norm), x, batch)
-            except torch.OutOfMemoryError:
-                self._forget()
-                self.graphs.obstacle = "out of memory"
-            else:
-                if self.graphs.obstacle is None:
-                    self._recorded[key] = recorded
-                else:
-                    self._forget()
+        if again and len(self._recorded) < _MOST_SHAPES:
+            self._record(key, shape, compute, *_apart(layers, final_norm), x, batch)
         return self._recorded.get(key)
+
+    def _record(self, key: Hashable, *arguments) -> None:
+        try:
+            self._recorded[key] = _Recorded(self, key, *arguments)
+        except torch.OutOfMemoryError:
+            self.graphs.obstacle = "out of memory"
+        if self.graphs.obstacle is not None:
+            self._forget()
 
 
 REPLAYS = "_cramfast_replays"
@@ -258,16 +254,15 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        if torch.is_grad_enabled():  # someone asked for create_graph=True
-            raise RuntimeError("kernels of cramfast cannot be differentiated twice; CRAMFAST_KERNELS=reference can")
+        expect_first_derivative("kernels of cramfast")
         dx, *gradients = ctx.recorded.backward(dy, ctx.turn)
         return None, dx, None, *gradients
 
 
 def _copied(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """Copies of tensors of one dtype, in one allocation."""
-    together = tensors[0].new_empty(sum([tensor.numel() for tensor in tensors]))
-    parts = together.split_with_sizes([tensor.numel() for tensor in tensors])
+    sizes = [tensor.numel() for tensor in tensors]
+    parts = tensors[0].new_empty(sum(sizes)).split_with_sizes(sizes)
     copies = [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
     torch._foreach_copy_(copies, tensors)
     return copies

@@ -1,7 +1,7 @@
 """CUDA graphs of work on static tensors: captured once for each shape, replayed with one call."""
 
 import contextlib
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 
 import torch
 
@@ -67,25 +67,32 @@ class Graphs:
 
     def capture(self, key: Hashable, work: Callable[[], None]) -> bool:
         """Make `work`, which does not run, the graph of `key`; returns whether it can be one."""
-        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        graph = torch.cuda.CUDAGraph()
         try:
-            # Relaxed: kernels used for the first time are loaded, and other threads pin memory for batches.
-            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="relaxed"):
+            with self._capturing(graph, self._pool):
                 work()
         except torch.OutOfMemoryError:
-            self._close_capture(current)
+            self._close_capture()
             raise
         except RuntimeError as error:
-            self._close_capture(current)
+            self._close_capture()
             self.obstacle = str(error).strip().splitlines()[0]
             return False
         self._graphs[key] = graph
         return True
 
-    def _close_capture(self, current: torch.cuda.Stream) -> None:
-        """Tell torch that a capture is over, which leaves one that failed open: then its stream stays the current one,
-        the allocator hands no memory back to the card, of graphs or not, and there are no random numbers."""
-        torch.cuda.set_stream(current)
+    @contextlib.contextmanager
+    def _capturing(self, graph: torch.cuda.CUDAGraph, pool=None) -> Iterator[None]:
+        """Inside, work becomes the graph. Torch leaves the stream of a capture that failed in place of the current one;
+        afterwards that is the one before."""
+        # Relaxed: kernels used for the first time are loaded, and other threads pin memory for batches.
+        capture = torch.cuda.graph(graph, pool, self._stream, capture_error_mode="relaxed")
+        with torch.cuda.stream(torch.cuda.current_stream()), capture:
+            yield
+
+    def _close_capture(self) -> None:
+        """Tell torch that a capture is over, which leaves one that failed open: then the allocator hands no memory back
+        to the card, of graphs or not, and there are no random numbers."""
         device = self._stream.device_index
         with contextlib.suppress(RuntimeError):  # it was closed
             torch._C._cuda_endAllocateToPool(device, self._pool)
@@ -93,9 +100,8 @@ class Graphs:
         with contextlib.suppress(RuntimeError):
             something = torch.zeros(1, device=self._stream.device)
             # The generator of random numbers takes the end of the next capture for that of its own.
-            with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream, capture_error_mode="relaxed"):
+            with self._capturing(torch.cuda.CUDAGraph()):
                 something.zero_()
-        torch.cuda.set_stream(current)
 
     def forget(self) -> None:
         """Let go of the graphs and their memory."""

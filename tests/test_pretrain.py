@@ -151,7 +151,10 @@ def read_json(path: Path) -> dict:
 
 
 def records(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    """Those of the whole lines of metrics.jsonl: a run at work may be in the middle of one."""
+    path = out / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 def updates(out: Path) -> list[dict]:
@@ -467,10 +470,8 @@ def wait_until(holds, process: subprocess.Popen, seconds: float = 120) -> None:
 
 
 def last_step(out: Path) -> int:
-    """Step of the last whole line of metrics.jsonl."""
-    path = out / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return json.loads(lines[-1])["step"] if lines else 0
+    found = records(out)
+    return found[-1]["step"] if found else 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

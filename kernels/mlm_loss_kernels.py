@@ -97,12 +97,12 @@ def _places(rows, C, TILE: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _load_logits(row_ptr, bias_ptr, column, V: tl.constexpr, STRIDE: tl.constexpr):
-    """Logits of one row in float32; minus infinity beyond the last."""
-    z = tl.load(row_ptr + column, mask=column < STRIDE, other=0.0).to(tl.float32)
+def _load_logits(row_ptr, bias_ptr, column, V: tl.constexpr, STRIDE: tl.constexpr, WHOLE: tl.constexpr):
+    """Logits of one row in float32; minus infinity beyond the last, of which there is none in a WHOLE tile."""
+    z = tl.load(row_ptr + column, mask=None if WHOLE else column < STRIDE).to(tl.float32)
     if bias_ptr is not None:
-        z += tl.load(bias_ptr + column, mask=column < V, other=0.0).to(tl.float32)
-    return tl.where(column < V, z, float("-inf"))
+        z += tl.load(bias_ptr + column, mask=None if WHOLE else column < V).to(tl.float32)
+    return z if WHOLE else tl.where(column < V, z, float("-inf"))
 
 
 @triton.jit
@@ -137,13 +137,26 @@ def _factor(top, total, SCALE: tl.constexpr, Z_LOSS: tl.constexpr):
 
 
 @triton.jit
-def _gradient(e, factor, chosen, target, V: tl.constexpr, SCALE: tl.constexpr, SMOOTHING: tl.constexpr):
-    """d-logits from e = exp(z - top); chosen: whether the column is the target. 0 in rows that do not count, whatever
-    their logits are."""
-    d = e * factor - tl.where(chosen, SCALE * (1.0 - SMOOTHING), 0.0)
+def _exp(z, top, ROUNDED: tl.constexpr):
+    """exp(z - top). ROUNDED: of logits that had been rounded to 16 bits, for which one instruction may do the work of
+    two: what it loses for a `top` far from 0 is little beside that, and the same for all."""
+    if ROUNDED:
+        return tl.exp2(z * _LOG2E - top * _LOG2E)
+    return tl.exp2((z - top) * _LOG2E)
+
+
+@triton.jit
+def _gradient(e, factor, V: tl.constexpr, SCALE: tl.constexpr, SMOOTHING: tl.constexpr):
+    """d-logits from e = exp(z - top), but for what `_target_share` takes from the target's."""
+    d = e * factor
     if SMOOTHING > 0:
         d -= SCALE * SMOOTHING / V
-    return tl.where(target >= 0, d, 0.0)
+    return d
+
+
+@triton.jit
+def _target_share(SCALE: tl.constexpr, SMOOTHING: tl.constexpr):
+    return SCALE * (1.0 - SMOOTHING)
 
 
 @triton.jit
@@ -159,6 +172,55 @@ def _log(x):
     half_square = 0.5 * f * f
     small = half_square - (s * (half_square + series) + exponent * 9.0580006e-06)
     return exponent * 0.69313812256 - (small - f)
+
+
+@triton.jit
+def _add_statistics(
+    tops,
+    totals,
+    sums,
+    row_ptr,
+    bias_ptr,
+    column,
+    V: tl.constexpr,
+    STRIDE: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+):
+    """Each lane's largest logit, sum of exp(logit - largest) and, for SMOOTHING, sum of logits, with a tile more."""
+    z = _load_logits(row_ptr, bias_ptr, column, V, STRIDE, WHOLE)
+    higher = tl.maximum(tops, tl.max(z, 1))
+    totals = totals * _exp(tops, higher, ROUNDED) + tl.sum(_exp(z, higher[:, None], ROUNDED), 1)
+    if SMOOTHING > 0:
+        sums += tl.sum(z if WHOLE else tl.where(column < V, z, 0.0), 1)
+    return higher, totals, sums
+
+
+@triton.jit
+def _first_of(found, top, row_ptr, bias_ptr, column, V: tl.constexpr, STRIDE: tl.constexpr, WHOLE: tl.constexpr):
+    """Each lane's first column whose logit is `top`, with a tile more."""
+    z = _load_logits(row_ptr, bias_ptr, column, V, STRIDE, WHOLE)
+    return tl.minimum(found, tl.min(tl.where(z == top, column, V), 1))
+
+
+@triton.jit
+def _store_gradient(
+    top,
+    factor,
+    row_ptr,
+    bias_ptr,
+    column,
+    V: tl.constexpr,
+    STRIDE: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    SCALE: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+):
+    z = _load_logits(row_ptr, bias_ptr, column, V, STRIDE, WHOLE)
+    d = _gradient(_exp(z, top, ROUNDED), factor, V, SCALE, SMOOTHING)
+    tl.store(row_ptr + column, d, mask=None if WHOLE else column < STRIDE)
 
 
 @triton.jit
@@ -182,43 +244,63 @@ def rows_kernel(
 ):
     """A program to a row, which it reads twice: the second time from the cache. Held in registers instead, a row leaves
     no room for a second program beside it, and memory idles while they compute. Each lane keeps the maximum and the sum
-    of its own columns, so that lanes meet once."""
+    of its own columns, so that lanes meet once.
+
+    Two passes of exp leave few instructions to spare: no tile but the last is masked, and the target, a single element
+    of a row, gets its share after all the others."""
+    TILE: tl.constexpr = LANES * VECTOR
+    WHOLE: tl.constexpr = V // TILE * TILE
+    ROUNDED: tl.constexpr = logits_ptr.dtype.element_ty != tl.float32
     program = tl.program_id(0).to(tl.int64)
     row, row_ptr = first + program, logits_ptr + program * STRIDE
     target = tl.load(targets_ptr + row)
-    target_logit = _load_target(row_ptr, bias_ptr, target)
     column = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    target_logit = _load_target(row_ptr, bias_ptr, target)
     # Not minus infinity, whose difference with itself is no number.
     tops = tl.full([LANES], -1e38, tl.float32)
     totals = tl.zeros([LANES], tl.float32)
-    shares = tl.zeros([LANES], tl.float32)
-    for start in tl.range(0, V, LANES * VECTOR):
-        z = _load_logits(row_ptr, bias_ptr, start + column, V, STRIDE)
-        higher = tl.maximum(tops, tl.max(z, 1))
-        totals = totals * tl.exp2((tops - higher) * _LOG2E) + tl.sum(tl.exp2((z - higher[:, None]) * _LOG2E), 1)
-        tops = higher
-        if SMOOTHING > 0:
-            shares += tl.sum(tl.where(start + column < V, z, 0.0), 1)
+    sums = tl.zeros([LANES], tl.float32)
+    for start in tl.range(0, WHOLE, TILE, loop_unroll_factor=8):
+        here = start + column
+        tops, totals, sums = _add_statistics(
+            tops, totals, sums, row_ptr, bias_ptr, here, V, STRIDE, True, ROUNDED, SMOOTHING
+        )
+    if WHOLE < V:
+        here = WHOLE + column
+        tops, totals, sums = _add_statistics(
+            tops, totals, sums, row_ptr, bias_ptr, here, V, STRIDE, False, ROUNDED, SMOOTHING
+        )
     top = tl.max(tops, 0)
-    total = tl.sum(totals * tl.exp2((tops - top) * _LOG2E), 0)
-    loss = _row_loss(top, _log(total), target_logit, tl.sum(shares, 0) / V, Z_LOSS, SMOOTHING)
+    total = tl.sum(totals * _exp(tops, top, ROUNDED), 0)
+    mean = tl.sum(sums, 0) / V if SMOOTHING > 0 else 0.0
+    loss = _row_loss(top, _log(total), target_logit, mean, Z_LOSS, SMOOTHING)
     tl.store(losses_ptr + row, tl.where(target >= 0, loss, 0.0))
     if statistics_ptr is not None:
         tl.store(statistics_ptr + row, top)
         tl.store(statistics_ptr + rows + row, total)
     if best_ptr is not None:
         found = tl.full([LANES], V, tl.int32)
-        for start in tl.range(0, V, LANES * VECTOR):
-            z = _load_logits(row_ptr, bias_ptr, start + column, V, STRIDE)
-            found = tl.minimum(found, tl.min(tl.where(z == top, start + column, V), 1))
+        for start in tl.range(0, WHOLE, TILE):
+            found = _first_of(found, top, row_ptr, bias_ptr, start + column, V, STRIDE, True)
+        if WHOLE < V:
+            found = _first_of(found, top, row_ptr, bias_ptr, WHOLE + column, V, STRIDE, False)
         tl.store(best_ptr + row, tl.min(found, 0))
     if GRADIENT:
-        factor = _factor(top, total, SCALE, Z_LOSS)
-        for start in tl.range(0, V, LANES * VECTOR):
-            z = _load_logits(row_ptr, bias_ptr, start + column, V, STRIDE)
-            e = tl.exp2((z - top) * _LOG2E)
-            d = _gradient(e, factor, start + column == target, target, V, SCALE, SMOOTHING)
-            tl.store(row_ptr + start + column, d, mask=start + column < STRIDE)
+        if target >= 0:
+            factor = _factor(top, total, SCALE, Z_LOSS)
+            for start in tl.range(0, WHOLE, TILE):
+                here = start + column
+                _store_gradient(top, factor, row_ptr, bias_ptr, here, V, STRIDE, True, ROUNDED, SCALE, SMOOTHING)
+            if WHOLE < V:
+                here = WHOLE + column
+                _store_gradient(top, factor, row_ptr, bias_ptr, here, V, STRIDE, False, ROUNDED, SCALE, SMOOTHING)
+            tl.debug_barrier()  # another lane has stored there
+            d = _gradient(_exp(target_logit, top, ROUNDED), factor, V, SCALE, SMOOTHING)
+            tl.store(row_ptr + target, d - _target_share(SCALE, SMOOTHING))
+        else:
+            for start in tl.range(0, STRIDE, TILE):
+                here = start + column
+                tl.store(row_ptr + here, tl.zeros([LANES, VECTOR], tl.float32), mask=here < STRIDE)
 
 
 @triton.jit
@@ -246,9 +328,10 @@ def block_gradient_kernel(
     target = tl.load(targets_ptr + row, mask=row < rows, other=-1)
     top = tl.load(statistics_ptr + row, mask=row < rows, other=0.0)
     total = tl.load(statistics_ptr + rows + row, mask=row < rows, other=1.0)
-    e = tl.exp2((z - top) * _LOG2E)
-    d = _gradient(e, _factor(top, total, SCALE, Z_LOSS), column == target, target, V, SCALE, SMOOTHING)
-    tl.store(logits_ptr + row * width + place, d, mask=mask)
+    e = _exp(z, top, logits_ptr.dtype.element_ty != tl.float32)
+    d = _gradient(e, _factor(top, total, SCALE, Z_LOSS), V, SCALE, SMOOTHING)
+    d -= tl.where(column == target, _target_share(SCALE, SMOOTHING), 0.0)
+    tl.store(logits_ptr + row * width + place, tl.where(target >= 0, d, 0.0), mask=mask)
 
 
 @triton.jit

@@ -29,14 +29,17 @@ SMALL_EPS = torch.finfo(torch.float32).eps
 
 @pytest.fixture
 def small(monkeypatch):
-    """Several chunks and blocks of what the tests have."""
+    """Several chunks and blocks of what the tests have, and several tiles of a row."""
 
     def shrink(vocabulary, count, itemsize):
         row = KERNELS.row_stride(vocabulary) * itemsize
         sizes = FILE.Sizes(SMALL["chunk"] * row, SMALL["block"] * count * itemsize)
         monkeypatch.setattr(FILE, "_SIZES", dict.fromkeys(MEMORY, sizes))
 
-    return shrink
+    monkeypatch.setattr(KERNELS, "_ROW_WARPS", 4)
+    KERNELS.rows_launch.cache_clear()
+    yield shrink
+    KERNELS.rows_launch.cache_clear()
 
 
 def problem(count, vocabulary, dtype, parameters=None, width=96, positions=True, bias=False, ignored=5):

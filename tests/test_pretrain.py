@@ -24,6 +24,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 import cramfast
 from cramfast import pretrain
 from cramfast.evaluate import mlm as mlm_module
+from cramfast.evaluate.mlm import HeldOut
 from cramfast.train import step as step_module
 from cramfast.train.checkpoint import latest_checkpoint
 from cramfast.train.step import TrainStep
@@ -723,6 +724,25 @@ def test_memory_that_runs_out_in_mid_update_costs_no_tokens(corpus, tmp_path, ru
     assert run_here(*flags(corpus, halved, steps=8, batch_size=8, microbatch_size=4)).code == 0
     assert len(calls) == 2 + 4 * len(updates(small))
     assert final_weights(halved) == final_weights(small)
+
+
+def test_memory_that_runs_out_for_heldout_text_is_taken_from_the_step(corpus, tmp_path, run_here, monkeypatch):
+    plain, short = tmp_path / "plain", tmp_path / "short"
+    assert run_here(*flags(corpus, plain, steps=8, evals=2)).code == 0
+    score, calls = HeldOut.score, []
+
+    def runs_out_once(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return score(*arguments)
+
+    monkeypatch.setattr(HeldOut, "score", runs_out_once)
+    outcome = run_here(*flags(corpus, short, steps=8, evals=2))
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.count("out of memory while scoring held-out text") == 1 and len(calls) == 3
+    assert final_weights(short) == final_weights(plain)
+    assert losses(short) == losses(plain)
 
 
 def test_memory_too_small_for_one_sequence_ends_the_run_in_one_line(corpus, tmp_path, run_here, monkeypatch):

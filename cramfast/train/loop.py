@@ -246,7 +246,7 @@ class Trainer:
 
     def _evaluate(self) -> Score:
         self.model.eval()
-        score = self.setup.heldout.score(self.model, self.step.autocast)
+        score = self._score()
         self.model.train()
         spent = self._spent_now()
         record = {"step": self.state.step, "tokens": spent.tokens, "seconds": round(spent.seconds, 3)}
@@ -259,6 +259,15 @@ class Trainer:
             plot_loss(self.setup.folder, self.setup.unigram_entropy)
         self._rate_from = self._spent_now()
         return score
+
+    def _score(self) -> Score:
+        try:
+            return self.setup.heldout.score(self.model, self.step.autocast)
+        except torch.OutOfMemoryError:  # between updates nothing is lost with what the step holds
+            self.step.reset()
+            torch.cuda.empty_cache()
+            self.display.say("out of memory while scoring held-out text: tried again with what the training step held")
+        return self.setup.heldout.score(self.model, self.step.autocast)
 
     def _spent_now(self) -> Spent:
         """The resources spent, with the time it is now."""

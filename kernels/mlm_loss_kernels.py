@@ -251,6 +251,8 @@ def rows_kernel(
     TILE: tl.constexpr = LANES * VECTOR
     WHOLE: tl.constexpr = V // TILE * TILE
     ROUNDED: tl.constexpr = logits_ptr.dtype.element_ty != tl.float32
+    # Loads on their way at a time, as many as there are registers for.
+    AHEAD: tl.constexpr = 8 if ROUNDED and bias_ptr is None else 4
     program = tl.program_id(0).to(tl.int64)
     row, row_ptr = first + program, logits_ptr + program * STRIDE
     target = tl.load(targets_ptr + row)
@@ -260,7 +262,7 @@ def rows_kernel(
     tops = tl.full([LANES], -1e38, tl.float32)
     totals = tl.zeros([LANES], tl.float32)
     sums = tl.zeros([LANES], tl.float32)
-    for start in tl.range(0, WHOLE, TILE, loop_unroll_factor=8):
+    for start in tl.range(0, WHOLE, TILE, loop_unroll_factor=AHEAD):
         here = start + column
         tops, totals, sums = _add_statistics(
             tops, totals, sums, row_ptr, bias_ptr, here, V, STRIDE, True, ROUNDED, SMOOTHING
@@ -280,7 +282,7 @@ def rows_kernel(
         tl.store(statistics_ptr + rows + row, total)
     if best_ptr is not None:
         found = tl.full([LANES], V, tl.int32)
-        for start in tl.range(0, WHOLE, TILE):
+        for start in tl.range(0, WHOLE, TILE, loop_unroll_factor=4):
             found = _first_of(found, top, row_ptr, bias_ptr, start + column, V, STRIDE, True)
         if WHOLE < V:
             found = _first_of(found, top, row_ptr, bias_ptr, WHOLE + column, V, STRIDE, False)
@@ -288,7 +290,7 @@ def rows_kernel(
     if GRADIENT:
         if target >= 0:
             factor = _factor(top, total, SCALE, Z_LOSS)
-            for start in tl.range(0, WHOLE, TILE):
+            for start in tl.range(0, WHOLE, TILE, loop_unroll_factor=AHEAD):
                 here = start + column
                 _store_gradient(top, factor, row_ptr, bias_ptr, here, V, STRIDE, True, ROUNDED, SCALE, SMOOTHING)
             if WHOLE < V:

@@ -1,5 +1,7 @@
 """Fixtures for every test."""
 
+import importlib
+
 import pytest
 import torch
 from torch.utils import deterministic
@@ -11,7 +13,43 @@ with pytest.MonkeyPatch.context() as patch:
     # as it was: on a CPU the other tests run the reference, and so do the processes they start.
     if not NATIVE:
         patch.setenv("TRITON_INTERPRET", "1")
-    import cramfast.kernels  # noqa: F401
+    # By its name in the package, `embed` is the function.
+    EMBED_FILE = importlib.import_module("cramfast.kernels.embed")
+    from cramfast.kernels.language import AVAILABLE
+
+
+def patched_once(patch_lang):
+    """The interpreter's `_patch_lang`, which looks through all of Triton's language for what to replace: not again for
+    each function that a kernel calls, which is half of the interpreter's time."""
+    tl, done = importlib.import_module("triton.language"), set()
+
+    def patch(function):
+        languages = frozenset(id(value) for value in function.__globals__.values() if value is tl or value is tl.core)
+        if languages in done:
+            return None
+        is_kernel = not done
+        done.add(languages)
+        scope = patch_lang(function)
+        restore = scope.restore
+
+        def restored():
+            done.clear()
+            restore()
+
+        if is_kernel:
+            scope.restore = restored
+        return scope
+
+    return patch
+
+
+if not NATIVE:
+    # The interpreter takes 20 ms for each token that the backward pass walks over, however many walk side by side.
+    EMBED_FILE._CHUNK, EMBED_FILE._SHARE = 8, 2
+if not NATIVE and AVAILABLE:
+    from triton.runtime import interpreter
+
+    interpreter._patch_lang = patched_once(interpreter._patch_lang)
 
 
 @pytest.fixture(autouse=True, scope="session")

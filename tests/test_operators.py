@@ -6,12 +6,12 @@ in relative L2, for every output and every gradient. All memory that an operator
 Shapes: T tokens, C hidden size, I intermediate size, V vocabulary.
 """
 
-import importlib
 import itertools
 from dataclasses import replace
 
 import pytest
 import torch
+from conftest import EMBED_FILE
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from cramfast.config import PRESETS
@@ -37,7 +37,7 @@ from cramfast.model import Bert
 NATIVE = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if NATIVE else "cpu")
 needs_gpu = pytest.mark.skipif(not NATIVE, reason="needs a CUDA device")
-pytestmark = pytest.mark.usefixtures("triton_kernels", "poisoned", "bf16_as_on_gpus", "short_chunks")
+pytestmark = pytest.mark.usefixtures("triton_kernels", "poisoned", "bf16_as_on_gpus")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # The interpreter takes seconds for the large ones; there each T and each C comes up once.
@@ -52,27 +52,9 @@ SIZES = (
         (1, 1024, torch.bfloat16),
     )
 )
-# By its name in the package, `embed` is the function.
-EMBED_FILE = importlib.import_module("cramfast.kernels.embed")
-CHUNK = EMBED_FILE._CHUNK if NATIVE else 8
+CHUNK = EMBED_FILE._CHUNK
 PIECES = EMBED_FILE.join_launch(64, torch.float32, torch.int16).constants["CHUNKS"]
 RUNS, *RUN_SIZE = (20, 1000, 768) if NATIVE else (2, 40, 96)
-
-
-@pytest.fixture(scope="module")
-def short_chunks():
-    """Makes embed's backward pass walk over fewer tokens at a time: the interpreter takes 20 ms for each of them."""
-
-    def forget():
-        EMBED_FILE.backward_launch.cache_clear()
-        EMBED_FILE.join_launch.cache_clear()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(EMBED_FILE, "_CHUNK", CHUNK)
-        patch.setattr(EMBED_FILE, "_SHARE", CHUNK // 4)
-        forget()
-        yield
-    forget()
 
 
 def randn(*shape, dtype=torch.float32, seed=0):

@@ -46,10 +46,10 @@ def patched_once(patch_lang):
 if not NATIVE:
     # The interpreter takes 20 ms for each token that the backward pass walks over, however many walk side by side.
     EMBED_FILE._CHUNK, EMBED_FILE._SHARE = 8, 2
-if not NATIVE and AVAILABLE:
-    from triton.runtime import interpreter
+    if AVAILABLE:
+        from triton.runtime import interpreter
 
-    interpreter._patch_lang = patched_once(interpreter._patch_lang)
+        interpreter._patch_lang = patched_once(interpreter._patch_lang)
 
 
 @pytest.fixture(autouse=True, scope="session")

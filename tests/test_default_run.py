@@ -30,9 +30,7 @@ def test_the_default_run_learns_within_two_minutes(tmp_path):
     assert run.returncode == 0, run.stderr
     (folder,) = (tmp_path / "runs").iterdir()
     summary = json.loads((folder / "summary.json").read_text())
-    # Two idle cores see some 800,000 tokens; beside other tests there are fewer, which teach less.
-    learned = summary["unigram_entropy"] - summary["heldout_loss"]
-    assert learned >= min(0.5, summary["tokens"] / 10**6), run.stdout
+    assert summary["heldout_loss"] <= summary["unigram_entropy"] - 0.5, run.stdout
     assert elapsed <= 120
     assert f"{summary['heldout_loss']:.4f} nats" in run.stdout
     assert f"{summary['unigram_entropy']:.4f} nats" in run.stdout

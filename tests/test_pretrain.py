@@ -24,9 +24,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 import cramfast
 from cramfast import pretrain
 from cramfast.evaluate import mlm as mlm_module
-from cramfast.evaluate.mlm import HeldOut
 from cramfast.train import step as step_module
 from cramfast.train.checkpoint import latest_checkpoint
+from cramfast.train.progress import read_metrics
 from cramfast.train.step import TrainStep
 
 ROOT = Path(__file__).parents[1]
@@ -152,10 +152,7 @@ def read_json(path: Path) -> dict:
 
 
 def records(out: Path) -> list[dict]:
-    """Those of the whole lines of metrics.jsonl: a run at work may be in the middle of one."""
-    path = out / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def updates(out: Path) -> list[dict]:
@@ -470,9 +467,13 @@ def wait_until(holds, process: subprocess.Popen, seconds: float = 120) -> None:
         time.sleep(0.003)
 
 
+def last_record(out: Path) -> dict:
+    """The last whole line of metrics.jsonl, to which a run may be adding another."""
+    return next(reversed(read_metrics(out / "metrics.jsonl")), {"step": 0})
+
+
 def last_step(out: Path) -> int:
-    found = records(out)
-    return found[-1]["step"] if found else 0
+    return last_record(out)["step"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -652,7 +653,8 @@ def has_come_to(moment: str, out: Path, cache: Path, before: set[tuple[str, int]
     if moment == "saving":
         return any(name.startswith(".checkpoint-") for name in new)
     if moment == "finishing":
-        return last_step(out) == STEPS and "heldout_loss" in records(out)[-1]
+        last = last_record(out)
+        return last["step"] == STEPS and "heldout_loss" in last
     return last_step(out) >= step
 
 
@@ -729,7 +731,7 @@ def test_memory_that_runs_out_in_mid_update_costs_no_tokens(corpus, tmp_path, ru
 def test_memory_that_runs_out_for_heldout_text_is_taken_from_the_step(corpus, tmp_path, run_here, monkeypatch):
     plain, short = tmp_path / "plain", tmp_path / "short"
     assert run_here(*flags(corpus, plain, steps=8, evals=2)).code == 0
-    score, calls = HeldOut.score, []
+    score, calls = mlm_module.HeldOut.score, []
 
     def runs_out_once(*arguments):
         calls.append(arguments)
@@ -737,7 +739,7 @@ def test_memory_that_runs_out_for_heldout_text_is_taken_from_the_step(corpus, tm
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return score(*arguments)
 
-    monkeypatch.setattr(HeldOut, "score", runs_out_once)
+    monkeypatch.setattr(mlm_module.HeldOut, "score", runs_out_once)
     outcome = run_here(*flags(corpus, short, steps=8, evals=2))
     assert (outcome.code, outcome.err) == (0, "")
     assert outcome.out.count("out of memory while scoring held-out text") == 1 and len(calls) == 3

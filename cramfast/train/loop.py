@@ -191,7 +191,6 @@ class Trainer:
             raise TrainingFailed(
                 "out of memory with one sequence a microbatch: lower --max-length or the preset's size"
             )
-        torch.cuda.empty_cache()
         self.display.say(f"out of memory: the microbatch goes from {old} to {smaller} sequences, the batch stays")
         self.state.microbatch = smaller
         self._prefetch()
@@ -265,7 +264,6 @@ class Trainer:
             return self.setup.heldout.score(self.model, self.step.autocast)
         except torch.OutOfMemoryError:  # between updates nothing is lost with what the step holds
             self.step.reset()
-            torch.cuda.empty_cache()
             self.display.say("out of memory while scoring held-out text: tried again with what the training step held")
         return self.setup.heldout.score(self.model, self.step.autocast)
 

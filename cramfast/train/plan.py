@@ -96,7 +96,6 @@ def _expected_tokens(
             return budget.amount * _tokens_per_second(step, stream, pieces, tokens, batches)
         except torch.OutOfMemoryError:
             step.reset()
-            torch.cuda.empty_cache()
             tokens //= 2
             if tokens < batches.max_length:
                 raise TrainingFailed("out of memory with one sequence: choose a smaller --preset") from None

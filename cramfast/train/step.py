@@ -241,7 +241,8 @@ class TrainStep(Step):
         self._loss.zero_()
 
     def reset(self) -> None:
-        """Forget the gradients accumulated so far, and the memory that microbatches of their size took."""
+        """Forget the gradients accumulated so far, and give back the memory that microbatches of their size took."""
         self.discard()
         self.graphs.forget()
         self._batches.clear()
+        torch.cuda.empty_cache()

@@ -137,12 +137,13 @@ def _factor(top, total, SCALE: tl.constexpr, Z_LOSS: tl.constexpr):
 
 
 @triton.jit
-def _exp(z, top, ROUNDED: tl.constexpr):
-    """exp(z - top). ROUNDED: of logits that had been rounded to 16 bits, for which one instruction may do the work of
-    two: what it loses for a `top` far from 0 is little beside that, and the same for all."""
-    if ROUNDED:
+def _exp(z, top, logits_ptr):
+    """exp(z - top). For logits that lie in 16 bits one instruction may do the work of two: what it loses for a `top`
+    far from 0 is little beside their rounding, and the same for all."""
+    if logits_ptr.dtype.element_ty == tl.float32:
+        return tl.exp2((z - top) * _LOG2E)
+    else:
         return tl.exp2(z * _LOG2E - top * _LOG2E)
-    return tl.exp2((z - top) * _LOG2E)
 
 
 @triton.jit
@@ -176,22 +177,13 @@ def _log(x):
 
 @triton.jit
 def _add_statistics(
-    tops,
-    totals,
-    sums,
-    row_ptr,
-    bias_ptr,
-    column,
-    V: tl.constexpr,
-    STRIDE: tl.constexpr,
-    WHOLE: tl.constexpr,
-    ROUNDED: tl.constexpr,
-    SMOOTHING: tl.constexpr,
-):
+    tops, totals, sums, row_ptr, bias_ptr, column,
+    V: tl.constexpr, STRIDE: tl.constexpr, WHOLE: tl.constexpr, SMOOTHING: tl.constexpr,
+):  # fmt: skip
     """Each lane's largest logit, sum of exp(logit - largest) and, for SMOOTHING, sum of logits, with a tile more."""
     z = _load_logits(row_ptr, bias_ptr, column, V, STRIDE, WHOLE)
     higher = tl.maximum(tops, tl.max(z, 1))
-    totals = totals * _exp(tops, higher, ROUNDED) + tl.sum(_exp(z, higher[:, None], ROUNDED), 1)
+    totals = totals * _exp(tops, higher, row_ptr) + tl.sum(_exp(z, higher[:, None], row_ptr), 1)
     if SMOOTHING > 0:
         sums += tl.sum(z if WHOLE else tl.where(column < V, z, 0.0), 1)
     return higher, totals, sums
@@ -206,20 +198,11 @@ def _first_of(found, top, row_ptr, bias_ptr, column, V: tl.constexpr, STRIDE: tl
 
 @triton.jit
 def _store_gradient(
-    top,
-    factor,
-    row_ptr,
-    bias_ptr,
-    column,
-    V: tl.constexpr,
-    STRIDE: tl.constexpr,
-    WHOLE: tl.constexpr,
-    ROUNDED: tl.constexpr,
-    SCALE: tl.constexpr,
-    SMOOTHING: tl.constexpr,
-):
+    top, factor, row_ptr, bias_ptr, column,
+    V: tl.constexpr, STRIDE: tl.constexpr, WHOLE: tl.constexpr, SCALE: tl.constexpr, SMOOTHING: tl.constexpr,
+):  # fmt: skip
     z = _load_logits(row_ptr, bias_ptr, column, V, STRIDE, WHOLE)
-    d = _gradient(_exp(z, top, ROUNDED), factor, V, SCALE, SMOOTHING)
+    d = _gradient(_exp(z, top, row_ptr), factor, V, SCALE, SMOOTHING)
     tl.store(row_ptr + column, d, mask=None if WHOLE else column < STRIDE)
 
 
@@ -250,30 +233,25 @@ def rows_kernel(
     of a row, gets its share after all the others."""
     TILE: tl.constexpr = LANES * VECTOR
     WHOLE: tl.constexpr = V // TILE * TILE
-    ROUNDED: tl.constexpr = logits_ptr.dtype.element_ty != tl.float32
     # Loads on their way at a time, as many as there are registers for.
-    AHEAD: tl.constexpr = 8 if ROUNDED and bias_ptr is None else 4
+    AHEAD: tl.constexpr = 8 if bias_ptr is None and logits_ptr.dtype.element_ty != tl.float32 else 4
     program = tl.program_id(0).to(tl.int64)
     row, row_ptr = first + program, logits_ptr + program * STRIDE
     target = tl.load(targets_ptr + row)
-    column = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     target_logit = _load_target(row_ptr, bias_ptr, target)
+    column = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     # Not minus infinity, whose difference with itself is no number.
     tops = tl.full([LANES], -1e38, tl.float32)
     totals = tl.zeros([LANES], tl.float32)
     sums = tl.zeros([LANES], tl.float32)
     for start in tl.range(0, WHOLE, TILE, loop_unroll_factor=AHEAD):
         here = start + column
-        tops, totals, sums = _add_statistics(
-            tops, totals, sums, row_ptr, bias_ptr, here, V, STRIDE, True, ROUNDED, SMOOTHING
-        )
+        tops, totals, sums = _add_statistics(tops, totals, sums, row_ptr, bias_ptr, here, V, STRIDE, True, SMOOTHING)
     if WHOLE < V:
         here = WHOLE + column
-        tops, totals, sums = _add_statistics(
-            tops, totals, sums, row_ptr, bias_ptr, here, V, STRIDE, False, ROUNDED, SMOOTHING
-        )
+        tops, totals, sums = _add_statistics(tops, totals, sums, row_ptr, bias_ptr, here, V, STRIDE, False, SMOOTHING)
     top = tl.max(tops, 0)
-    total = tl.sum(totals * _exp(tops, top, ROUNDED), 0)
+    total = tl.sum(totals * _exp(tops, top, logits_ptr), 0)
     mean = tl.sum(sums, 0) / V if SMOOTHING > 0 else 0.0
     loss = _row_loss(top, _log(total), target_logit, mean, Z_LOSS, SMOOTHING)
     tl.store(losses_ptr + row, tl.where(target >= 0, loss, 0.0))
@@ -292,12 +270,12 @@ def rows_kernel(
             factor = _factor(top, total, SCALE, Z_LOSS)
             for start in tl.range(0, WHOLE, TILE, loop_unroll_factor=AHEAD):
                 here = start + column
-                _store_gradient(top, factor, row_ptr, bias_ptr, here, V, STRIDE, True, ROUNDED, SCALE, SMOOTHING)
+                _store_gradient(top, factor, row_ptr, bias_ptr, here, V, STRIDE, True, SCALE, SMOOTHING)
             if WHOLE < V:
                 here = WHOLE + column
-                _store_gradient(top, factor, row_ptr, bias_ptr, here, V, STRIDE, False, ROUNDED, SCALE, SMOOTHING)
+                _store_gradient(top, factor, row_ptr, bias_ptr, here, V, STRIDE, False, SCALE, SMOOTHING)
             tl.debug_barrier()  # another lane has stored there
-            d = _gradient(_exp(target_logit, top, ROUNDED), factor, V, SCALE, SMOOTHING)
+            d = _gradient(_exp(target_logit, top, logits_ptr), factor, V, SCALE, SMOOTHING)
             tl.store(row_ptr + target, d - _target_share(SCALE, SMOOTHING))
         else:
             for start in tl.range(0, STRIDE, TILE):
@@ -330,7 +308,7 @@ def block_gradient_kernel(
     target = tl.load(targets_ptr + row, mask=row < rows, other=-1)
     top = tl.load(statistics_ptr + row, mask=row < rows, other=0.0)
     total = tl.load(statistics_ptr + rows + row, mask=row < rows, other=1.0)
-    e = _exp(z, top, logits_ptr.dtype.element_ty != tl.float32)
+    e = _exp(z, top, logits_ptr)
     d = _gradient(e, _factor(top, total, SCALE, Z_LOSS), V, SCALE, SMOOTHING)
     d -= tl.where(column == target, _target_share(SCALE, SMOOTHING), 0.0)
     tl.store(logits_ptr + row * width + place, tl.where(target >= 0, d, 0.0), mask=mask)

@@ -28,19 +28,18 @@ from .launch import ceil_div, contiguous, dtype_of, has_data
 from .main_grad import add_product, claim, collects
 from .mlm_loss_arguments import expect_loss_options, expect_predictions
 from .mlm_loss_kernels import (
-    Options,
-    block_launch,
-    column_sums_launch,
     ends_launch,
     gather_launch,
     gradient_scale,
     mean_launch,
+    over_tiles,
     row_stride,
-    rows_launch,
     scale_launch,
     scatter_launch,
+    split,
     targets_launch,
 )
+from .mlm_loss_logits import Options, logit_block, logit_chunks
 from .operator import Operator, define
 
 
@@ -82,18 +81,6 @@ class Sizes:
 _MIB = 1 << 20
 # Every chunk adds to the whole of dweight, so few and large ones are faster. With "low" dweight does not exist yet.
 _SIZES = {"fast": Sizes(288 * _MIB), "low": Sizes(104 * _MIB, block=56 * _MIB)}
-# Rows or columns of a product are multiples of cuBLAS's tiles where there are that many.
-_TILE = 128
-
-
-def _split(total: int, size: int, limit: int):
-    """(start, end) of equal parts of `total` that take up to `limit` bytes at `size` each."""
-    most = max(1, limit // size)
-    parts = ceil_div(total, most)
-    length = ceil_div(total, max(1, parts))
-    if most >= _TILE:
-        length = min(ceil_div(length, _TILE), most // _TILE) * _TILE
-    return [(start, min(start + length, total)) for start in range(0, total, length or 1)]
 
 
 def _decoder(weight, dtype):
@@ -119,15 +106,8 @@ def _rows(hidden, positions):
     count, width = positions.shape[0], int(hidden.shape[1])
     rows = hidden.new_empty(count, width)
     launch = gather_launch(width, hidden.dtype, positions.dtype)
-    _over_tiles(launch, count, hidden, positions, rows, count, hidden.shape[0])
+    over_tiles(launch, count, hidden, positions, rows, count, hidden.shape[0])
     return rows
-
-
-def _over_tiles(launch, rows, *arguments, width=None):
-    """Run a kernel whose programs take ROWS × TILE elements of a tensor of `rows` rows, of C elements or `width`."""
-    constants = launch.constants
-    width = constants["C"] if width is None else width
-    launch(ceil_div(rows, constants["ROWS"]) * ceil_div(width, constants["TILE"]), *arguments)
 
 
 def _targets(labels, positions, total, vocabulary, ignore_index):
@@ -166,33 +146,9 @@ def _forward(
     if has_data(hidden):
         results = (losses, drows, dweight, dbias, statistics, None)
         limit = _chunk_bytes(_SIZES[memory], weight, decoder, dweight)
-        _chunks(rows, decoder, vocabulary, bias, targets, Options(z_loss, smoothing), limit, *results)
+        logit_chunks(rows, decoder, vocabulary, bias, targets, Options(z_loss, smoothing), limit, *results)
     loss, inverse = _mean(losses, targets)
     return loss, drows, dweight, dbias, targets, statistics, inverse
-
-
-def _chunks(rows, decoder, vocabulary, bias, targets, options, limit, losses, drows, dweight, dbias, statistics, best):
-    """Logits of rows (M, C), up to `limit` bytes at a time, and from them what is given: losses (M,), drows (M, C),
-    dweight (of decoder's shape) and dbias (V,) for the sum over the rows, statistics (2, M), best (M,)."""
-    (count, _), columns, dtype = rows.shape, decoder.shape[0], rows.dtype
-    gradient = not (drows is None and dweight is None and dbias is None)
-    launch = rows_launch(vocabulary, dtype, dtype_of(bias), options, gradient, statistics is not None, best is not None)
-    stride = row_stride(vocabulary)
-    chunks = _split(count, stride * dtype.itemsize, limit)
-    if not chunks and dweight is not None:
-        dweight.zero_()
-    buffer = rows.new_empty(max((end - start for start, end in chunks), default=0), stride)
-    for start, end in chunks:
-        dlogits = buffer[: end - start, :columns]
-        torch.mm(rows[start:end], decoder.t(), out=dlogits)
-        launch(end - start, buffer, targets, bias, losses, statistics, best, start, count)
-        if dbias is not None:
-            sums = column_sums_launch(vocabulary, dtype)
-            sums(ceil_div(vocabulary, sums.constants["COLUMNS"]), buffer, dbias, end - start)
-        if dweight is not None:
-            add_product(dweight, dlogits.t(), rows[start:end], first=start == 0)
-        if drows is not None:
-            torch.mm(dlogits, decoder, out=drows[start:end])
 
 
 def _backward(
@@ -236,7 +192,7 @@ def _backward(
 def _scaled(source, out, scale, dloss, inverse, joins=False):
     """out = source * dloss * inverse / scale, or += where it `joins`, all but dloss and inverse (rows, columns)."""
     launch = scale_launch(int(source.shape[1]), source.dtype, out.dtype, scale, joins)
-    _over_tiles(launch, source.shape[0], source, dloss, inverse, out, source.shape[0])
+    over_tiles(launch, source.shape[0], source, dloss, inverse, out, source.shape[0])
     return out
 
 
@@ -250,7 +206,7 @@ def _scatter(drows, positions, hidden, dloss, inverse):
     launch = ends_launch(positions.dtype)
     launch(ceil_div(count, launch.constants["BLOCK"]), positions, ends, count, total)
     launch = scatter_launch(int(width), dtype, positions.dtype)
-    _over_tiles(launch, total, drows, positions, ends, dloss, inverse, dhidden, count, total)
+    over_tiles(launch, total, drows, positions, ends, dloss, inverse, dhidden, count, total)
     return dhidden
 
 
@@ -266,17 +222,15 @@ def _weight_gradient(hidden, weight, bias, positions, targets, statistics, optio
         if not joins:
             out.zero_()
         return
-    blocks = _split(vocabulary, count * dtype.itemsize, _SIZES["low"].block)
+    blocks = split(vocabulary, count * dtype.itemsize, _SIZES["low"].block)
     columns = blocks[0][1]
     stride = row_stride(columns)
     buffer, product = rows.new_empty(count, stride), rows.new_empty(columns, width, dtype=torch.float32)
-    launch = block_launch(vocabulary, dtype, dtype_of(bias), options)
     for start, end in blocks:
-        logits = buffer[:, : end - start]
-        torch.mm(rows, weight[start:end].to(dtype).t(), out=logits)
-        _over_tiles(launch, count, buffer, targets, bias, statistics, start, count, stride, width=stride)
+        decoder = weight[start:end].to(dtype)
+        logit_block(rows, decoder, vocabulary, bias, targets, options, statistics, start, buffer)
         part = product[: end - start]
-        add_product(part, logits.t(), rows, first=True)
+        add_product(part, buffer[:, : end - start].t(), rows, first=True)
         _scaled(part, out[start:end], gradient_scale(dtype), dloss, inverse, joins)
 
 
@@ -336,7 +290,7 @@ def _scores(hidden, weight, labels, positions, bias, ignore_index):
         results = (losses, None, None, None, None, best)
         decoder = _decoder(weight, hidden.dtype)
         limit = _chunk_bytes(_SIZES["low"], weight, decoder, None)
-        _chunks(rows, decoder, weight.shape[0], bias, targets, Options(), limit, *results)
+        logit_chunks(rows, decoder, weight.shape[0], bias, targets, Options(), limit, *results)
     return losses, best == targets
 
 

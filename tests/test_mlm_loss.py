@@ -17,7 +17,7 @@ from cramfast.layers import SparseMLMHead
 
 # By its name in the package, `mlm_loss` is the function.
 FILE = importlib.import_module("cramfast.kernels.mlm_loss")
-KERNELS = importlib.import_module("cramfast.kernels.mlm_loss_kernels")
+LOGITS = importlib.import_module("cramfast.kernels.mlm_loss_logits")
 pytestmark = pytest.mark.usefixtures("triton_kernels", "poisoned", "bf16_as_on_gpus")
 
 IGNORED = -100
@@ -32,14 +32,14 @@ def small(monkeypatch):
     """Several chunks and blocks of what the tests have, and several tiles of a row."""
 
     def shrink(vocabulary, count, itemsize):
-        row = KERNELS.row_stride(vocabulary) * itemsize
+        row = LOGITS.row_stride(vocabulary) * itemsize
         sizes = FILE.Sizes(SMALL["chunk"] * row, SMALL["block"] * count * itemsize)
         monkeypatch.setattr(FILE, "_SIZES", dict.fromkeys(MEMORY, sizes))
 
-    monkeypatch.setattr(KERNELS, "_ROW_WARPS", 4)
-    KERNELS.rows_launch.cache_clear()
+    monkeypatch.setattr(LOGITS, "_ROW_WARPS", 4)
+    LOGITS.rows_launch.cache_clear()
     yield shrink
-    KERNELS.rows_launch.cache_clear()
+    LOGITS.rows_launch.cache_clear()
 
 
 def problem(count, vocabulary, dtype, parameters=None, width=96, positions=True, bias=False, ignored=5):
@@ -420,7 +420,7 @@ def test_values_are_looked_at_on_request(labels, positions, message, backend, fu
 def test_parts_cover_all_and_keep_to_the_limit():
     for total in (0, 1, 100, 5000, 16_384):
         for most in (1, 7, 128, 1330, 2048):
-            parts = FILE._split(total, 100, 100 * most + 50)
+            parts = FILE.split(total, 100, 100 * most + 50)
             assert [row for start, end in parts for row in range(start, end)] == [*range(total)]
             assert all(0 < end - start <= most for start, end in parts)
 

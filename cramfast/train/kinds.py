@@ -41,6 +41,7 @@ _FILES = {
     "layer_norm": (Kind.NORM_FORWARD, Kind.NORM_BACKWARD),
     "mask_tokens": (Kind.MASKING, Kind.MASKING),
     "mlm_loss_kernels": (Kind.LOSS, Kind.LOSS),
+    "mlm_loss_logits": (Kind.LOSS, Kind.LOSS),
     "muon": (Kind.OPTIMIZER, Kind.OPTIMIZER),
     "orthogonalise": (Kind.OPTIMIZER, Kind.OPTIMIZER),
     "rotary": (Kind.ATTENTION_FORWARD, Kind.ATTENTION_BACKWARD),

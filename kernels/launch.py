@@ -8,6 +8,7 @@ with `compiling_ahead`.
 """
 
 import contextlib
+import contextvars
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -104,9 +105,22 @@ class Launch:
         with torch.cuda.device(device):
             compiled = self.compile(driver.active.get_current_target(), aligned)
             run = compiled.run  # loads the binary, which `function` needs
+        if compiled.metadata.global_scratch_size > 0:
+            run = functools.partial(_run_with_scratch, run, torch.device("cuda", device))
         loaded = run, compiled.function, compiled.packed_metadata, tuple(self.constants.values())
         self._loaded[device, aligned] = loaded
         return loaded
+
+
+def _run_with_scratch(run: Callable, device: torch.device, *arguments) -> None:
+    """`run` with memory for what the kernel writes down for itself, descriptors of tensors. Triton asks for it whoever
+    was named last in this context: in a copy, so that whom others named stays."""
+
+    def start() -> None:
+        triton.set_allocator(lambda size, *_: torch.empty(size, dtype=torch.uint8, device=device))
+        run(*arguments)
+
+    contextvars.copy_context().run(start)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import test_finetune as finetuning
 import torch
+import triton
 
 from cramfast.config import PRESETS, OptimizerOptions
 from cramfast.data.batches import Batch, Cursor
@@ -60,7 +61,8 @@ class Compiler:
         def run(*arguments):
             self.ran.append((launch.kernel, aligned))
 
-        return types.SimpleNamespace(run=run, function=None, packed_metadata=None)
+        metadata = types.SimpleNamespace(global_scratch_size=0)
+        return types.SimpleNamespace(run=run, function=None, packed_metadata=None, metadata=metadata)
 
 
 @pytest.fixture
@@ -117,6 +119,19 @@ def test_launches_of_every_thread_wait(compiler):
             thread.join()
         assert compiler.compiled == []
     assert len(compiler.compiled) == 2 and compiler.ran == []
+
+
+def test_a_kernel_gets_memory_for_its_notes_and_whom_others_named_for_that_stays():
+    allocator, given = triton.runtime._allocation._allocator, []
+
+    def run(*arguments):
+        given.append((arguments, allocator.get()(48, 16, None)))
+
+    before = allocator.get()
+    module._run_with_scratch(run, torch.device("cpu"), 7, "x")
+    ((arguments, memory),) = given
+    assert arguments == (7, "x") and memory.nbytes == 48
+    assert allocator.get() is before
 
 
 def test_a_kernel_that_does_not_compile_is_an_error_at_the_end(compiler):

@@ -164,8 +164,8 @@ class SparseMLMHead(nn.Module):
 
     The decoder's weight (V, C) is passed in, because it is the embedding's.
 
-    memory: as `mlm_loss` takes it. "fast" has some 288 MiB beside the loss and its gradients; "low" has 104 MiB in the
-    forward pass, when the weight has no gradient yet, 56 MiB in the backward pass, and takes half as much time again.
+    memory: as `mlm_loss` takes it. "fast" has some 292 MiB beside the loss and its gradients; "low" has 106 MiB in the
+    forward pass, when the weight has no gradient yet, 62 MiB in the backward pass, and takes half as much time again.
     """
 
     def __init__(

@@ -5,14 +5,16 @@
     dz = (1 + 2 z_loss lse) softmax(z) − (1 − s) onehot(labels[m]) − s / V
     drows = dz @ weight,   dweight = dzᵀ @ rows,   dbias = sum of dz
 
-and the mean over the rows that have a label. The logits of a few rows at a time lie in one buffer, where d-logits take
-their place; nothing of size (M, V) exists. The products are cuBLAS's, the rest is in `mlm_loss_kernels.py`.
+and the mean over the rows that have a label. The logits of a few rows at a time, or their exponentials, lie in one
+buffer, where d-logits take their place; nothing of size (M, V) exists. Two ways lead there: `mlm_loss_fused.py` has the
+exponentials come out of the decoder's product, on cards and for dtypes for which that is faster; `mlm_loss_logits.py`
+takes logits from cuBLAS. All other products are cuBLAS's.
 
 memory="fast": gradients are computed in the forward pass, as if that of the loss were 1, while the logits are at hand,
 dweight as a sum over chunks of rows in float32; the backward pass multiplies them by what arrives. Saved are drows
-(M, C) and dweight (V, C) in float32.
+(M, C), dweight (V, C) in float32, and three float32 numbers a row where there were no logits.
 memory="low": the backward pass computes dweight, a block of the vocabulary at a time, from logits computed again. That
-is four products instead of three. Saved are drows and two float32 numbers a row.
+is four products instead of three. Saved are drows and two or three float32 numbers a row.
 
 Sources: the loss computed in chunks: Wijmans et al., "Cut Your Losses", 2411.09009, and Hsu et al., Liger Kernel,
 2410.10989; z-loss: Chowdhery et al., PaLM, 2204.02311; label smoothing: Szegedy et al., 1512.00567.
@@ -25,21 +27,22 @@ import torch.nn.functional as F
 
 from .dispatch import pick
 from .launch import ceil_div, contiguous, dtype_of, has_data
-from .main_grad import add_product, claim, collects
+from .main_grad import claim, collects
 from .mlm_loss_arguments import expect_loss_options, expect_predictions
+from .mlm_loss_fused import fused_chunks, fused_weight_gradient, fuses, new_statistics
 from .mlm_loss_kernels import (
+    Options,
     ends_launch,
     gather_launch,
     gradient_scale,
     mean_launch,
     over_tiles,
     row_stride,
-    scale_launch,
+    scaled,
     scatter_launch,
-    split,
     targets_launch,
 )
-from .mlm_loss_logits import Options, logit_block, logit_chunks
+from .mlm_loss_logits import logit_chunks, logit_weight_gradient
 from .operator import Operator, define
 
 
@@ -72,7 +75,7 @@ def _logits_reference(hidden, weight, positions, bias):
 @dataclass(frozen=True)
 class Sizes:
     """Bytes that are held beside the results: `chunk` in the forward pass, for rows of logits and copies of weight;
-    `block` in the backward pass, for columns of logits."""
+    `block` in the backward pass, for columns of logits and the gradient that comes of them."""
 
     chunk: int
     block: int = 0
@@ -80,7 +83,7 @@ class Sizes:
 
 _MIB = 1 << 20
 # Every chunk adds to the whole of dweight, so few and large ones are faster. With "low" dweight does not exist yet.
-_SIZES = {"fast": Sizes(288 * _MIB), "low": Sizes(104 * _MIB, block=56 * _MIB)}
+_SIZES = {"fast": Sizes(292 * _MIB), "low": Sizes(106 * _MIB, block=62 * _MIB)}
 
 
 def _decoder(weight, dtype):
@@ -133,20 +136,26 @@ def _forward(
     """(loss, drows, dweight, dbias, targets, statistics, inverse), None what is not asked for; see the top."""
     hidden, labels, positions, bias = contiguous(hidden, labels, positions, bias)
     count, (vocabulary, width), wide = labels.shape[0], weight.shape, {"dtype": torch.float32}
-    low = memory == "low" and for_weight
+    options, low = Options(z_loss, smoothing), memory == "low" and for_weight
+    fused = fuses(hidden, options)
     losses = hidden.new_empty(count, **wide)
     decoder = _decoder(weight, hidden.dtype)
     dweight = hidden.new_empty(decoder.shape[0], width, **wide) if for_weight and not low else None
     dbias = hidden.new_zeros(vocabulary, **wide) if for_bias else None
     statistics = hidden.new_empty(2, count, **wide) if low else None
+    if fused:
+        statistics = new_statistics(hidden, count)
     targets = _targets(labels, positions, hidden.shape[0], vocabulary, ignore_index)
     rows, drows = hidden if positions is None else _rows(hidden, positions), None
     if for_hidden:  # gathered rows serve for drows as well: a chunk of them is last read just before it is overwritten
         drows = torch.empty_like(rows) if positions is None else rows
     if has_data(hidden):
-        results = (losses, drows, dweight, dbias, statistics, None)
-        limit = _chunk_bytes(_SIZES[memory], weight, decoder, dweight)
-        logit_chunks(rows, decoder, vocabulary, bias, targets, Options(z_loss, smoothing), limit, *results)
+        given = (rows, decoder, vocabulary, bias, targets, _chunk_bytes(_SIZES[memory], weight, decoder, dweight))
+        results = (losses, drows, dweight, dbias, statistics)
+        if fused:
+            fused_chunks(*given, *results)
+        else:
+            logit_chunks(*given, options, *results)
     loss, inverse = _mean(losses, targets)
     return loss, drows, dweight, dbias, targets, statistics, inverse
 
@@ -175,38 +184,32 @@ def _backward(
     """(dhidden, dweight, dbias), None what is not asked for. dweight is `collected`, where that is given, and what was
     there plus the gradient where it `joins` that."""
     given, scale = (dloss, inverse), gradient_scale(hidden.dtype)
+    options = Options(z_loss, smoothing)
     if for_weight:  # first, since dhidden takes memory
         out = torch.empty_like(weight, memory_format=torch.contiguous_format) if collected is None else collected
         if memory == "low":
-            options = Options(z_loss, smoothing)
             _weight_gradient(hidden, weight, bias, positions, targets, statistics, options, *given, out, joins)
         else:
-            _scaled(dweight[: weight.shape[0]], out, scale, *given, joins)
+            scaled(dweight[: weight.shape[0]], out, scale, *given, joins)
         dweight = out
-    dhidden = _scatter(drows, positions, hidden, *given) if for_hidden else None
+    totals = statistics[1] if fuses(hidden, options) else None
+    dhidden = _scatter(drows, totals, positions, hidden, *given) if for_hidden else None
     if for_bias:
-        dbias = _scaled(dbias[None], bias.new_empty(1, bias.shape[0]), scale, *given)[0]
+        dbias = scaled(dbias[None], bias.new_empty(1, bias.shape[0]), scale, *given)[0]
     return dhidden, dweight if for_weight else None, dbias if for_bias else None
 
 
-def _scaled(source, out, scale, dloss, inverse, joins=False):
-    """out = source * dloss * inverse / scale, or += where it `joins`, all but dloss and inverse (rows, columns)."""
-    launch = scale_launch(int(source.shape[1]), source.dtype, out.dtype, scale, joins)
-    over_tiles(launch, source.shape[0], source, dloss, inverse, out, source.shape[0])
-    return out
-
-
-def _scatter(drows, positions, hidden, dloss, inverse):
-    """The gradient of hidden (T, C): drows added up by position, and scaled."""
+def _scatter(drows, totals, positions, hidden, dloss, inverse):
+    """The gradient of hidden (T, C): drows, divided by totals where there are any, added up by position, and scaled."""
     dhidden, dtype = torch.empty_like(hidden, memory_format=torch.contiguous_format), hidden.dtype
     if positions is None:
-        return _scaled(drows, dhidden, gradient_scale(dtype), dloss, inverse)
+        return scaled(drows, dhidden, gradient_scale(dtype), dloss, inverse, totals=totals)
     (total, width), count, positions = hidden.shape, positions.shape[0], positions.contiguous()
     ends = torch.zeros((2, total), dtype=torch.int32, device=hidden.device)
     launch = ends_launch(positions.dtype)
     launch(ceil_div(count, launch.constants["BLOCK"]), positions, ends, count, total)
-    launch = scatter_launch(int(width), dtype, positions.dtype)
-    over_tiles(launch, total, drows, positions, ends, dloss, inverse, dhidden, count, total)
+    launch = scatter_launch(int(width), dtype, positions.dtype, totals is not None)
+    over_tiles(launch, total, drows, totals, positions, ends, dloss, inverse, dhidden, count, total)
     return dhidden
 
 
@@ -217,21 +220,14 @@ def _weight_gradient(hidden, weight, bias, positions, targets, statistics, optio
         return
     hidden, positions, bias = contiguous(hidden, positions, bias)
     rows = hidden if positions is None else _rows(hidden, positions)
-    (count, width), vocabulary, dtype = rows.shape, int(weight.shape[0]), rows.dtype
-    if count == 0:
+    given = (rows, weight, bias, targets, statistics, _SIZES["low"].block)
+    if rows.shape[0] == 0:
         if not joins:
             out.zero_()
-        return
-    blocks = split(vocabulary, count * dtype.itemsize, _SIZES["low"].block)
-    columns = blocks[0][1]
-    stride = row_stride(columns)
-    buffer, product = rows.new_empty(count, stride), rows.new_empty(columns, width, dtype=torch.float32)
-    for start, end in blocks:
-        decoder = weight[start:end].to(dtype)
-        logit_block(rows, decoder, vocabulary, bias, targets, options, statistics, start, buffer)
-        part = product[: end - start]
-        add_product(part, buffer[:, : end - start].t(), rows, first=True)
-        _scaled(part, out[start:end], gradient_scale(dtype), dloss, inverse, joins)
+    elif fuses(hidden, options):
+        fused_weight_gradient(*given, dloss * inverse, out, joins)
+    else:
+        logit_weight_gradient(*given, options, dloss, inverse, out, joins)
 
 
 def _save(ctx, inputs, results):
@@ -290,7 +286,7 @@ def _scores(hidden, weight, labels, positions, bias, ignore_index):
         results = (losses, None, None, None, None, best)
         decoder = _decoder(weight, hidden.dtype)
         limit = _chunk_bytes(_SIZES["low"], weight, decoder, None)
-        logit_chunks(rows, decoder, weight.shape[0], bias, targets, Options(), limit, *results)
+        logit_chunks(rows, decoder, weight.shape[0], bias, targets, limit, Options(), *results)
     return losses, best == targets
 
 
@@ -322,8 +318,8 @@ def mlm_loss(
     and more than once; rising ones are the fastest. The gradient of a weight with a `main_grad` is added to that.
 
     z_loss: weight of the squared logsumexp, added to each row's loss. label_smoothing: as in torch's cross_entropy.
-    memory: "fast" takes some 288 MiB beside the results, float32 for weight's gradient among it; "low" takes 104 MiB
-    before there are any, 56 MiB in the backward pass, and half as much time again.
+    memory: "fast" takes some 292 MiB beside the results, float32 for weight's gradient among it; "low" takes 106 MiB
+    before there are any, 62 MiB in the backward pass, and half as much time again.
 
     On a GPU a row whose label is outside the vocabulary, or whose position is outside hidden, does not count; the
     reference raises as torch does. CRAMFAST_CHECK=1 in the environment makes it an error everywhere.

@@ -1,6 +1,7 @@
 """What every way to the masked-language-modelling loss shares: kernels, their launches, and how work is divided."""
 
 import functools
+from dataclasses import dataclass
 
 import torch
 
@@ -17,6 +18,19 @@ _BLOCK = 1024
 _ENOUGH_REGISTERS = 64
 # Rows or columns of a product are multiples of cuBLAS's tiles where there are that many.
 _PRODUCT_TILE = 128
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the definition of the loss leaves open: the weight of the squared logsumexp, and the share of the target
+    that is spread over the vocabulary."""
+
+    z_loss: float = 0.0
+    smoothing: float = 0.0
+
+    @property
+    def constants(self) -> dict[str, float]:
+        return {"Z_LOSS": self.z_loss, "SMOOTHING": self.smoothing}
 
 
 def row_stride(vocabulary: int) -> int:
@@ -38,6 +52,11 @@ def split(total: int, size: int, limit: int) -> list[tuple[int, int]]:
     if most >= _PRODUCT_TILE:
         length = min(ceil_div(length, _PRODUCT_TILE), most // _PRODUCT_TILE) * _PRODUCT_TILE
     return [(start, min(start + length, total)) for start in range(0, total, length or 1)]
+
+
+def block_column(count: int, width: int, dtype: torch.dtype) -> int:
+    """Bytes of one column of logits of `count` rows and of its gradient in float32, which is `width` long."""
+    return count * dtype.itemsize + width * torch.float32.itemsize
 
 
 def tile(width: int, dtype: torch.dtype) -> dict[str, int]:
@@ -103,8 +122,8 @@ def places(rows, C, TILE: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def natural_log(x):
-    """The natural logarithm of x > 0, right to its last bit; the GPU's own is to 2^-22. x = 2^exponent (1 + f), and
-    log(1 + f) by a series in f / (2 + f)."""
+    """The natural logarithm of x > 0 or of no number, right to its last bit; the GPU's own is to 2^-22.
+    x = 2^exponent (1 + f), and log(1 + f) by a series in f / (2 + f)."""
     bits = x.to(tl.int32, bitcast=True) - 0x3F3504F3  # sqrt(1/2) becomes 0: 1 + f is between it and sqrt(2)
     exponent = (bits >> 23).to(tl.float32)
     f = ((bits & 0x7FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
@@ -113,7 +132,17 @@ def natural_log(x):
     series = z * (0.6666666666 + z * (0.4000097 + z * (0.28498787 + z * 0.24279079)))
     half_square = 0.5 * f * f
     small = half_square - (s * (half_square + series) + exponent * 9.0580006e-06)
-    return exponent * 0.69313812256 - (small - f)
+    return tl.where(x < float("inf"), exponent * 0.69313812256 - (small - f), x)
+
+
+@triton.jit
+def divided(x, totals_ptr, row, rows):
+    """Some of the rows (ROWS, 1) divided by their totals: 0, whatever they are, where that is infinite."""
+    if totals_ptr is None:
+        return x
+    else:
+        total = tl.load(totals_ptr + row, mask=row < rows, other=1.0)
+        return tl.where(total == float("inf"), 0.0, x / total)
 
 
 @triton.jit
@@ -140,6 +169,7 @@ def mean_kernel(
 def column_sums_kernel(
     dlogits_ptr,  # (rows, STRIDE)
     sums_ptr,  # (V,): those of the columns are added to it
+    totals_ptr,  # (rows,), by which rows are divided, or None
     rows,
     V: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -151,7 +181,8 @@ def column_sums_kernel(
     for start in tl.range(0, rows, ROWS):
         row = (start + tl.arange(0, ROWS)[:, None]).to(tl.int64)
         mask = (row < rows) & (column < STRIDE)[None, :]
-        total += tl.load(dlogits_ptr + row * STRIDE + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(dlogits_ptr + row * STRIDE + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        total += divided(x, totals_ptr, row, rows)
     sums = tl.load(sums_ptr + column, mask=column < V, other=0.0) + tl.sum(total, 0)
     tl.store(sums_ptr + column, sums, mask=column < V)
 
@@ -159,6 +190,7 @@ def column_sums_kernel(
 @triton.jit
 def scale_kernel(
     source_ptr,  # (rows, C)
+    totals_ptr,  # (rows,), by which rows of the source are divided, or None
     dloss_ptr,  # ()
     inverse_ptr,  # ()
     out_ptr,  # (rows, C)
@@ -173,7 +205,7 @@ def scale_kernel(
     row, column, mask = places(rows, C, TILE, ROWS)
     factor = tl.load(dloss_ptr) * (tl.load(inverse_ptr) / SCALE)
     x = tl.load(source_ptr + row * C + column, mask=mask, other=0.0).to(tl.float32)
-    y = x * factor
+    y = divided(x, totals_ptr, row, rows) * factor
     if ADD:
         y += tl.load(out_ptr + row * C + column, mask=mask, other=0.0)
     tl.store(out_ptr + row * C + column, y, mask=mask)
@@ -198,6 +230,7 @@ def ends_kernel(
 @triton.jit
 def scatter_kernel(
     drows_ptr,  # (rows, C)
+    totals_ptr,  # (rows,), by which rows are divided, or None
     positions_ptr,  # (rows,)
     ends_ptr,  # (2, total)
     dloss_ptr,  # ()
@@ -216,12 +249,14 @@ def scatter_kernel(
     first = rows - before
     last = tl.load(ends_ptr + total + token, mask=token < total, other=0) - 1
     x = tl.load(drows_ptr + first * C + column, mask=mask & (before > 0), other=0.0).to(tl.float32)
+    x = divided(x, totals_ptr, first, rows)
     repeated = (before > 0) & (last > first)
     row = tl.min(tl.where(repeated, first, rows)) + 1
     end = tl.max(tl.where(repeated, last, -1))
     while row <= end:
         same = (tl.load(positions_ptr + row) == token) & (first < row)
-        x += tl.load(drows_ptr + row * C + column, mask=mask & same, other=0.0).to(tl.float32)
+        y = tl.load(drows_ptr + row * C + column, mask=mask & same, other=0.0).to(tl.float32)
+        x += tl.where(same, divided(y, totals_ptr, row, rows), 0.0)
         row += 1
     factor = tl.load(dloss_ptr) * (tl.load(inverse_ptr) / SCALE)
     tl.store(out_ptr + token * C + column, x * factor, mask=mask)
@@ -246,17 +281,19 @@ def mean_launch() -> Launch:
 
 
 @functools.lru_cache
-def column_sums_launch(vocabulary, dtype) -> Launch:
+def column_sums_launch(vocabulary, dtype, totals=False) -> Launch:
+    """totals: whether there are such to divide rows by; as in those that follow."""
     constants = {"V": vocabulary, "STRIDE": row_stride(vocabulary), "COLUMNS": 128, "ROWS": 16}
-    return Launch(column_sums_kernel, (dtype, torch.float32), ("i64",), constants, 2 * NUM_WARPS)
+    pointers = (dtype, torch.float32, torch.float32 if totals else None)
+    return Launch(column_sums_kernel, pointers, ("i64",), constants, 2 * NUM_WARPS)
 
 
 @functools.lru_cache
-def scale_launch(width, source, out, scale, add=False) -> Launch:
+def scale_launch(width, source, out, scale, add=False, totals=False) -> Launch:
     """dtypes of the source and of the result; scale: what to divide by; add: to the result that is there."""
     wide = torch.float32
     constants = {"C": width, **tile(width, source), "SCALE": scale, "ADD": add}
-    return Launch(scale_kernel, (source, wide, wide, out), ("i64",), constants, NUM_WARPS)
+    return Launch(scale_kernel, (source, wide if totals else None, wide, wide, out), ("i64",), constants, NUM_WARPS)
 
 
 @functools.lru_cache
@@ -265,26 +302,36 @@ def ends_launch(positions) -> Launch:
 
 
 @functools.lru_cache
-def scatter_launch(width, dtype, positions) -> Launch:
+def scatter_launch(width, dtype, positions, totals=False) -> Launch:
     constants = {"C": width, **tile(width, dtype), "SCALE": gradient_scale(dtype)}
-    pointers = (dtype, positions, torch.int32, torch.float32, torch.float32, dtype)
+    wide = torch.float32
+    pointers = (dtype, wide if totals else None, positions, torch.int32, wide, wide, dtype)
     return Launch(scatter_kernel, pointers, ("i64", "i64"), constants, NUM_WARPS, _ENOUGH_REGISTERS)
 
 
-def add_column_sums(dlogits, sums, rows):
-    """sums (V,) += those of the columns of dlogits (rows, stride)."""
-    launch = column_sums_launch(int(sums.shape[0]), dlogits.dtype)
-    launch(ceil_div(sums.shape[0], launch.constants["COLUMNS"]), dlogits, sums, rows)
+def add_column_sums(dlogits, sums, rows, totals=None):
+    """sums (V,) += those of the columns of dlogits (rows, stride), each row divided by its total (rows,)."""
+    launch = column_sums_launch(int(sums.shape[0]), dlogits.dtype, totals is not None)
+    launch(ceil_div(sums.shape[0], launch.constants["COLUMNS"]), dlogits, sums, totals, rows)
+
+
+def scaled(source, out, scale, dloss, inverse, joins=False, totals=None):
+    """out = source * dloss * inverse / scale, or += where it `joins`, both (rows, columns); totals (rows,): what rows
+    of the source are divided by."""
+    launch = scale_launch(int(source.shape[1]), source.dtype, out.dtype, scale, joins, totals is not None)
+    over_tiles(launch, source.shape[0], source, totals, dloss, inverse, out, source.shape[0])
+    return out
 
 
 @catalogue
 def _launches(dtype, _capability):
     index, wide = torch.int64, torch.float32
     for vocabulary in (8_192, 32_768, 30_522, 50_368):
-        yield column_sums_launch(vocabulary, dtype)
+        yield from (column_sums_launch(vocabulary, dtype, totals) for totals in (False, True))
     for width in (768, 1024):
         yield gather_launch(width, dtype, index)
-        yield scatter_launch(width, dtype, index)
+        yield from (scatter_launch(width, dtype, index, totals) for totals in (False, True))
     yield from (targets_launch(index, index), ends_launch(index), mean_launch())
     yield from (scale_launch(768, source, out, 1.0) for source, out in ((wide, dtype), (wide, wide), (dtype, dtype)))
     yield scale_launch(768, wide, wide, 1.0, add=True)
+    yield scale_launch(768, dtype, dtype, 1.0, totals=True)

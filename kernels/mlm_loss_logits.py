@@ -8,7 +8,6 @@ d-logits are written for the sum over rows, not for the mean: divided by thousan
 """
 
 import functools
-from dataclasses import dataclass
 
 import torch
 
@@ -21,12 +20,15 @@ from .mlm_loss_kernels import (
     MOST_TILE,
     NUM_WARPS,
     VECTOR,
+    Options,
     add_column_sums,
+    block_column,
     gradient_scale,
     natural_log,
     over_tiles,
     places,
     row_stride,
+    scaled,
     split,
     tile,
 )
@@ -36,19 +38,6 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 _ROW_WARPS = 16
 # Left alone, the compiler spills a few bytes to have fewer.
 _ENOUGH_REGISTERS = 64
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the definition of the loss leaves open: the weight of the squared logsumexp, and the share of the target
-    that is spread over the vocabulary."""
-
-    z_loss: float = 0.0
-    smoothing: float = 0.0
-
-    @property
-    def constants(self) -> dict[str, float]:
-        return {"Z_LOSS": self.z_loss, "SMOOTHING": self.smoothing}
 
 
 @triton.jit
@@ -276,7 +265,7 @@ def block_launch(vocabulary, dtype, bias, options) -> Launch:
 
 
 def logit_chunks(
-    rows, decoder, vocabulary, bias, targets, options, limit, losses, drows, dweight, dbias, statistics, best
+    rows, decoder, vocabulary, bias, targets, limit, options, losses, drows, dweight, dbias, statistics, best=None
 ):  # fmt: skip
     """Logits of rows (M, C), up to `limit` bytes at a time, and from them what is given: losses (M,), drows (M, C),
     dweight (of decoder's shape) and dbias (V,) for the sum over the rows, statistics (2, M), best (M,)."""
@@ -300,13 +289,23 @@ def logit_chunks(
             torch.mm(dlogits, decoder, out=drows[start:end])
 
 
-def logit_block(rows, decoder, vocabulary, bias, targets, options, statistics, start, dlogits) -> None:
-    """d-logits (M, columns) in rows of `dlogits` (M, stride): of the columns from `start` on, which decoder (columns,
-    C) is for. statistics (2, M): those of `logit_chunks`."""
-    (count, stride), columns = dlogits.shape, decoder.shape[0]
-    torch.mm(rows, decoder.t(), out=dlogits[:, :columns])
-    launch = block_launch(vocabulary, rows.dtype, dtype_of(bias), options)
-    over_tiles(launch, count, dlogits, targets, bias, statistics, start, count, stride, width=stride)
+def logit_weight_gradient(
+    rows, weight, bias, targets, statistics, limit, options, dloss, inverse, out, joins
+) -> None:  # fmt: skip
+    """The gradient of weight times dloss times inverse, in `out` (V, C) or added to what is there: from logits of a
+    block of columns, up to `limit` bytes at a time. statistics (2, M): those of `logit_chunks`."""
+    (count, width), vocabulary, dtype = rows.shape, int(weight.shape[0]), rows.dtype
+    blocks = split(vocabulary, block_column(count, int(width), dtype), limit)
+    columns = blocks[0][1]
+    stride = row_stride(columns)
+    buffer, product = rows.new_empty(count, stride), rows.new_empty(columns, width, dtype=torch.float32)
+    launch = block_launch(vocabulary, dtype, dtype_of(bias), options)
+    for start, end in blocks:
+        logits, part = buffer[:, : end - start], product[: end - start]
+        torch.mm(rows, weight[start:end].to(dtype).t(), out=logits)
+        over_tiles(launch, count, buffer, targets, bias, statistics, start, count, stride, width=stride)
+        add_product(part, logits.t(), rows, first=True)
+        scaled(part, out[start:end], gradient_scale(dtype), dloss, inverse, joins)
 
 
 @catalogue

@@ -2,6 +2,7 @@
 
 import importlib
 
+import numpy as np
 import pytest
 import torch
 from torch.utils import deterministic
@@ -84,8 +85,8 @@ def poisoned():
 
 @pytest.fixture
 def bf16_as_on_gpus(monkeypatch):
-    """Makes the interpreter round fp32 to bf16 to the nearest even, where it cuts the digits off, and multiply matrices
-    of bf16, whose bits it takes for integers."""
+    """Makes the interpreter round fp32 to bf16 to the nearest even, where it cuts the digits off, multiply matrices of
+    bf16, whose bits it takes for integers, and prefer numbers to NaN as a minimum."""
     if NATIVE:
         return
     import triton.language as tl
@@ -104,6 +105,9 @@ def bf16_as_on_gpus(monkeypatch):
         return interpreter.TensorHandle((x.data.astype("uint32") << 16).view("float32"), tl.float32)
 
     monkeypatch.setattr(interpreter, "_convert_float", convert_rounded)
+    monkeypatch.setattr(
+        interpreter.InterpreterBuilder, "create_minnumf", lambda self, a, b: self.binary_op(a, b, np.fmin)
+    )
     monkeypatch.setattr(
         interpreter.InterpreterBuilder,
         "create_dot",

@@ -202,7 +202,7 @@ def test_the_work_of_a_pre_norm_model():
         Kind.ACTIVATION_FORWARD: Work(bytes=3 * 8 * 2 * rows + 2 * 16 * 2 * 8),
         Kind.ACTIVATION_BACKWARD: Work(bytes=5 * 8 * 2 * rows + 3 * 16 * 2 * 8),
         Kind.EMBEDDING: Work(bytes=2 * (8 * 32 + 2 * 32 * 16 * 2) + 64 * 16 * 2),
-        Kind.LOSS: Work(bytes=2 * 8 * 64 * 2),
+        Kind.LOSS: Work(bytes=4 * 8 * 16 * 2),
         Kind.MASKING: Work(bytes=16 * 40),
         Kind.OPTIMIZER: Work(bytes=32 * 1000 + 2 * 900),
     }

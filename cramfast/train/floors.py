@@ -22,7 +22,7 @@ Bytes
     activation backward  5 I a of GEGLU, 3 I a of GELU
     embedding            twice 8 T for the ids and T C a for rows of the table; T C a each for the output and its
                          gradient; V C a for that of the table
-    MLM loss             2 M V a: logits are read, their gradient is written
+    MLM loss             4 M C a: rows are gathered and their gradient is scattered; logits need not leave the product
     masking              16 (T + M): ids are read and written, positions and labels written
     optimizer            4 N for the norm of the gradient, 28 (N − n) for AdamW, and a for each working copy that it
                          writes; (12 + a) n for Muon's momentum and direction, 2 a n to orthogonalise that, (8 + a) n
@@ -86,7 +86,7 @@ def definition(config: ModelConfig, sizes: StepSizes) -> dict[Kind, Work]:
         Kind.ACTIVATION_FORWARD: Work(bytes=forward * wide * rows + 2 * head),
         Kind.ACTIVATION_BACKWARD: Work(bytes=backward * wide * rows + 3 * head),
         Kind.EMBEDDING: Work(bytes=2 * (table + T * row) + V * row),
-        Kind.LOSS: Work(bytes=2 * M * V * a),
+        Kind.LOSS: Work(bytes=4 * M * row),
         Kind.MASKING: Work(bytes=2 * _INDEX_BYTES * (T + M)),
         Kind.OPTIMIZER: _update(sizes),
     }

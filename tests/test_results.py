@@ -120,8 +120,6 @@ KNOWN_MISSES = {
     ("varlen_attention/fwd+bwd/all-64", bars.SPEED, "best"),
     ("varlen_attention/fwd+bwd/all-128-rotary", bars.SPEED, "cramfast"),
     ("varlen_attention/fwd+bwd/ragged-16-128-rotary", bars.SPEED, "cramfast"),
-    ("mlm_loss/fwd+bwd", bars.SPEED, "torch-compile"),
-    ("mlm_loss/fwd+bwd", bars.SPEED, "liger"),
 }
 
 

@@ -22,7 +22,19 @@ import torch
 from .language import tl, triton
 from .launch import Launch, capability_of, catalogue, ceil_div, dtype_of
 from .main_grad import add_product
-from .mlm_loss_kernels import NUM_WARPS, Options, add_column_sums, block_column, natural_log, row_stride, split, tile
+from .mlm_loss_kernels import (
+    NUM_WARPS,
+    Options,
+    add_column_sums,
+    block_column,
+    column_sums_launch,
+    natural_log,
+    row_stride,
+    scale_launch,
+    scatter_launch,
+    split,
+    tile,
+)
 from .mlm_loss_product import CAPABILITIES, LOG2E, exponentials, pieces, probabilities
 
 _ALIGNMENT = 16
@@ -223,3 +235,6 @@ def _launches(dtype, capability):
             yield finish_launch(vocabulary, width, dtype, bias, exponentials=True, scaled=True)
     yield finish_launch(32_768, 768, dtype, None, exponentials=True, scaled=False)
     yield finish_launch(32_768, 768, dtype, None, exponentials=False, scaled=False)
+    yield column_sums_launch(30_522, dtype, totals=True)
+    yield scale_launch(768, dtype, dtype, 1.0, totals=True)
+    yield from (scatter_launch(width, dtype, torch.int64, totals=True) for width in (768, 1024))

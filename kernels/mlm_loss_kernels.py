@@ -62,8 +62,8 @@ def block_column(count: int, width: int, dtype: torch.dtype) -> int:
 def tile(width: int, dtype: torch.dtype) -> dict[str, int]:
     """A tile of whole rows or pieces of them, for 4 warps with two 16-byte loads a lane."""
     elements = NUM_WARPS * LANES * 2 * VECTOR // dtype.itemsize
-    tile = min(MOST_TILE, triton.next_power_of_2(width))
-    return {"TILE": tile, "ROWS": max(1, elements // tile)}
+    columns = min(MOST_TILE, triton.next_power_of_2(width))
+    return {"TILE": columns, "ROWS": max(1, elements // columns)}
 
 
 def over_tiles(launch, rows, *arguments, width=None):
@@ -327,11 +327,10 @@ def scaled(source, out, scale, dloss, inverse, joins=False, totals=None):
 def _launches(dtype, _capability):
     index, wide = torch.int64, torch.float32
     for vocabulary in (8_192, 32_768, 30_522, 50_368):
-        yield from (column_sums_launch(vocabulary, dtype, totals) for totals in (False, True))
+        yield column_sums_launch(vocabulary, dtype)
     for width in (768, 1024):
         yield gather_launch(width, dtype, index)
-        yield from (scatter_launch(width, dtype, index, totals) for totals in (False, True))
+        yield scatter_launch(width, dtype, index)
     yield from (targets_launch(index, index), ends_launch(index), mean_launch())
     yield from (scale_launch(768, source, out, 1.0) for source, out in ((wide, dtype), (wide, wide), (dtype, dtype)))
     yield scale_launch(768, wide, wide, 1.0, add=True)
-    yield scale_launch(768, dtype, dtype, 1.0, totals=True)

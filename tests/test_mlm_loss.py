@@ -25,6 +25,7 @@ IGNORED = -100
 MEMORY = ("fast", "low")
 # Rows in a chunk, columns in a block.
 SMALL = {"chunk": 24, "block": 64}
+WIDTH = 96
 SMALL_EPS = torch.finfo(torch.float32).eps
 
 
@@ -32,9 +33,9 @@ SMALL_EPS = torch.finfo(torch.float32).eps
 def small(monkeypatch):
     """Several chunks and blocks of what the tests have, and several tiles of a row."""
 
-    def shrink(vocabulary, count, itemsize):
-        row = COMMON.row_stride(vocabulary) * itemsize
-        sizes = FILE.Sizes(SMALL["chunk"] * row, SMALL["block"] * count * itemsize)
+    def shrink(vocabulary, count, dtype):
+        row, column = COMMON.row_stride(vocabulary) * dtype.itemsize, COMMON.block_column(count, WIDTH, dtype)
+        sizes = FILE.Sizes(SMALL["chunk"] * row, SMALL["block"] * column)
         monkeypatch.setattr(FILE, "_SIZES", dict.fromkeys(MEMORY, sizes))
 
     monkeypatch.setattr(LOGITS, "_ROW_WARPS", 4)
@@ -43,7 +44,7 @@ def small(monkeypatch):
     LOGITS.rows_launch.cache_clear()
 
 
-def problem(count, vocabulary, dtype, parameters=None, width=96, positions=True, bias=False, ignored=5):
+def problem(count, vocabulary, dtype, parameters=None, width=WIDTH, positions=True, bias=False, ignored=5):
     """(hidden, weight, labels, positions, bias): every `ignored`-th label does not count, two rows are of one token."""
     total = 2 * count + 3 if positions else count
     hidden = randn(total, width, dtype=dtype)
@@ -82,7 +83,7 @@ def assert_as_exact_as_torch(inputs, grad=1.0, **options):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("count", "vocabulary"), [(0, 97), (1, 1000), (63, 97), (63, 1024), (100, 1000), (100, 1100)])
 def test_as_exact_as_torch(small, count, vocabulary, dtype, memory):
-    small(vocabulary, count, dtype.itemsize)
+    small(vocabulary, count, dtype)
     assert_as_exact_as_torch(problem(count, vocabulary, dtype), memory=memory)
 
 
@@ -93,14 +94,14 @@ def test_as_exact_as_torch(small, count, vocabulary, dtype, memory):
     "options", [{"z_loss": 0.01}, {"label_smoothing": 0.1}, {"z_loss": 1e-3, "label_smoothing": 1.0}]
 )
 def test_options(small, vocabulary, dtype, memory, options):
-    small(vocabulary, 63, dtype.itemsize)
+    small(vocabulary, 63, dtype)
     assert_as_exact_as_torch(problem(63, vocabulary, dtype, bias=True), memory=memory, **options)
 
 
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_parameters_in_fp32_all_rows_and_a_bias(small, dtype, memory):
-    small(1000, 100, dtype.itemsize)
+    small(1000, 100, dtype)
     inputs = problem(100, 1000, dtype, torch.float32, positions=False, bias=True)
     assert_as_exact_as_torch(inputs, memory=memory)
 
@@ -246,7 +247,7 @@ def test_without_gradients_no_work_is_done_for_them(call, launched, monkeypatch)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("count", "vocabulary"), [(0, 97), (100, 97), (63, 1100)])
 def test_scores(small, count, vocabulary, dtype, bias):
-    small(vocabulary, count, dtype.itemsize)
+    small(vocabulary, count, dtype)
     inputs = problem(count, vocabulary, dtype, bias=bias)
     exact, correct = mlm_scores_reference(*widened(inputs))
     inputs[2] = torch.where(torch.arange(count, device=DEVICE) % 3 == 1, guesses(inputs), inputs[2])
@@ -270,7 +271,7 @@ def guesses(inputs):
 
 @pytest.mark.parametrize("vocabulary", [97, 1100])
 def test_of_equal_logits_the_first_is_the_likeliest(small, vocabulary):
-    small(vocabulary, 4, 4)
+    small(vocabulary, 4, torch.float32)
     hidden, weight = torch.ones(4, 8, device=DEVICE), torch.zeros(vocabulary, 8, device=DEVICE)
     weight[[5, 60, 90]] = 1
     _, correct = mlm_scores(hidden, weight, torch.tensor([5, 60, 90, 0], device=DEVICE))
@@ -286,7 +287,7 @@ def test_the_mean_of_the_scores_is_the_loss():
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_same_bits_every_time(small, memory, dtype):
-    small(1000, 100, dtype.itemsize)
+    small(1000, 100, dtype)
     inputs = problem(100, 1000, dtype, torch.float32, bias=True)
     inputs[3][::3] = 4
     grads = [torch.tensor(3.0, device=DEVICE)]

@@ -14,8 +14,7 @@ with pytest.MonkeyPatch.context() as patch:
     # as it was: on a CPU the other tests run the reference, and so do the processes they start.
     if not NATIVE:
         patch.setenv("TRITON_INTERPRET", "1")
-    # By its name in the package, `embed` is the function.
-    EMBED_FILE = importlib.import_module("cramfast.kernels.embed")
+    EMBED_FILE = importlib.import_module("cramfast.kernels.embed_kernels")
     from cramfast.kernels.language import AVAILABLE
 
 

@@ -161,7 +161,7 @@ def test_the_order_of_a_step_tells_apart_what_files_share(monkeypatch, positions
     for before, launch in zip([None, *ran], ran, strict=False):
         file, name = file_of(launch), launch.kernel.__name__
         if name == "_sum_shares_kernel":
-            embedding = file_of(before) == "embed"
+            embedding = file_of(before) == "embed_kernels"
             shares += embedding
             expected.append(Kind.EMBEDDING if embedding else Kind.NORM_BACKWARD)
         else:

@@ -36,7 +36,7 @@ _FILES = {
     "adamw": (Kind.OPTIMIZER, Kind.OPTIMIZER),
     "attention_kernels": (Kind.ATTENTION_FORWARD, Kind.ATTENTION_BACKWARD),
     "column_sums": (Kind.MATMUL, Kind.MATMUL),
-    "embed": (Kind.EMBEDDING, Kind.EMBEDDING),
+    "embed_kernels": (Kind.EMBEDDING, Kind.EMBEDDING),
     "gelu": (Kind.ACTIVATION_FORWARD, Kind.ACTIVATION_BACKWARD),
     "layer_norm": (Kind.NORM_FORWARD, Kind.NORM_BACKWARD),
     "mask_tokens": (Kind.MASKING, Kind.MASKING),

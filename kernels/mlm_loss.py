@@ -142,14 +142,18 @@ def _forward(
     decoder = _decoder(weight, hidden.dtype)
     dweight = hidden.new_empty(decoder.shape[0], width, **wide) if for_weight and not low else None
     dbias = hidden.new_zeros(vocabulary, **wide) if for_bias else None
-    statistics = hidden.new_empty(2, count, **wide) if low else None
+    statistics = None
     if fused:
         statistics = new_statistics(hidden, count)
+    elif low:
+        statistics = hidden.new_empty(2, count, **wide)
     targets = _targets(labels, positions, hidden.shape[0], vocabulary, ignore_index)
     rows, drows = hidden if positions is None else _rows(hidden, positions), None
     if for_hidden:  # gathered rows serve for drows as well: a chunk of them is last read just before it is overwritten
         drows = torch.empty_like(rows) if positions is None else rows
     if has_data(hidden):
+        if count == 0 and dweight is not None:
+            dweight.zero_()
         given = (rows, decoder, vocabulary, bias, targets, _chunk_bytes(_SIZES[memory], weight, decoder, dweight))
         results = (losses, drows, dweight, dbias, statistics)
         if fused:

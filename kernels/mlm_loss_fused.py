@@ -23,9 +23,10 @@ from .language import tl, triton
 from .launch import Launch, capability_of, catalogue, ceil_div, dtype_of
 from .main_grad import add_product
 from .mlm_loss_kernels import (
+    LOG2E,
     NUM_WARPS,
     Options,
-    add_column_sums,
+    add_gradients,
     block_column,
     column_sums_launch,
     natural_log,
@@ -35,7 +36,7 @@ from .mlm_loss_kernels import (
     split,
     tile,
 )
-from .mlm_loss_product import CAPABILITIES, LOG2E, exponentials, pieces, probabilities
+from .mlm_loss_product import CAPABILITIES, exponentials, pieces, probabilities
 
 _ALIGNMENT = 16
 _FLOATS = _ALIGNMENT // 4
@@ -196,20 +197,14 @@ def fused_chunks(rows, decoder, vocabulary, bias, targets, limit, losses, drows,
     sums = bases.new_empty(most, parts)
     buffer = rows.new_empty(most, stride) if gradient else None
     scaled = rows.new_empty(most, width) if weighs else None
-    if not chunks and weighs:
-        dweight.zero_()
     for start, end in chunks:
         length = end - start
         exponentials(rows[start:end], decoder, vocabulary, bias, bases[start:end], buffer, sums)
         results = (buffer, scaled, losses, statistics)
         finish(length, rows, decoder, bias, targets, sums, *results, start, statistics.stride(0))
-        if dbias is not None:
-            add_column_sums(buffer, dbias, length, totals[start:end])
-        dlogits = None if buffer is None else buffer[:length, :columns]
-        if weighs:
-            add_product(dweight, dlogits.t(), scaled[:length], first=start == 0)
-        if drows is not None:
-            torch.mm(dlogits, decoder, out=drows[start:end])
+        if gradient:
+            factors = scaled[:length] if weighs else None
+            add_gradients(buffer[:length, :columns], factors, decoder, start, drows, dweight, dbias, totals[start:end])
 
 
 def fused_weight_gradient(rows, weight, bias, targets, statistics, limit, factor, out, joins) -> None:

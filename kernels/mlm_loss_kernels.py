@@ -7,15 +7,17 @@ import torch
 
 from .language import tl, triton
 from .launch import Launch, catalogue, ceil_div
+from .main_grad import add_product
 
+LOG2E = tl.constexpr(1.4426950408889634)
 # Elements of a row of logits that begin a cache line, in whatever dtype.
 LINE = 64
 LANES, VECTOR = 32, 16
 NUM_WARPS = 4
 MOST_TILE = 256
-_BLOCK = 1024
 # Left alone, the compiler spills a few bytes to have fewer.
-_ENOUGH_REGISTERS = 64
+ENOUGH_REGISTERS = 64
+_BLOCK = 1024
 # Rows or columns of a product are multiples of cuBLAS's tiles where there are that many.
 _PRODUCT_TILE = 128
 
@@ -306,13 +308,20 @@ def scatter_launch(width, dtype, positions, totals=False) -> Launch:
     constants = {"C": width, **tile(width, dtype), "SCALE": gradient_scale(dtype)}
     wide = torch.float32
     pointers = (dtype, wide if totals else None, positions, torch.int32, wide, wide, dtype)
-    return Launch(scatter_kernel, pointers, ("i64", "i64"), constants, NUM_WARPS, _ENOUGH_REGISTERS)
+    return Launch(scatter_kernel, pointers, ("i64", "i64"), constants, NUM_WARPS, ENOUGH_REGISTERS)
 
 
-def add_column_sums(dlogits, sums, rows, totals=None):
-    """sums (V,) += those of the columns of dlogits (rows, stride), each row divided by its total (rows,)."""
-    launch = column_sums_launch(int(sums.shape[0]), dlogits.dtype, totals is not None)
-    launch(ceil_div(sums.shape[0], launch.constants["COLUMNS"]), dlogits, sums, totals, rows)
+def add_gradients(dlogits, rows, decoder, start, drows, dweight, dbias, totals=None):
+    """From dlogits (m, columns) of rows (m, C), the first of which is number `start`, what is given: their part of
+    drows (M, C), and what they add to dweight (columns, C) and, each divided by its total (m,), to dbias (V,)."""
+    count = dlogits.shape[0]
+    if dbias is not None:
+        launch = column_sums_launch(int(dbias.shape[0]), dlogits.dtype, totals is not None)
+        launch(ceil_div(dbias.shape[0], launch.constants["COLUMNS"]), dlogits, dbias, totals, count)
+    if dweight is not None:
+        add_product(dweight, dlogits.t(), rows, first=start == 0)
+    if drows is not None:
+        torch.mm(dlogits, decoder, out=drows[start : start + count])
 
 
 def scaled(source, out, scale, dloss, inverse, joins=False, totals=None):

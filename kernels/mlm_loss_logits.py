@@ -15,13 +15,15 @@ from .language import tl, triton
 from .launch import Launch, catalogue, dtype_of
 from .main_grad import add_product
 from .mlm_loss_kernels import (
+    ENOUGH_REGISTERS,
     LANES,
     LINE,
+    LOG2E,
     MOST_TILE,
     NUM_WARPS,
     VECTOR,
     Options,
-    add_column_sums,
+    add_gradients,
     block_column,
     gradient_scale,
     natural_log,
@@ -33,11 +35,8 @@ from .mlm_loss_kernels import (
     tile,
 )
 
-_LOG2E = tl.constexpr(1.4426950408889634)
 # Two programs of 16 warps fill a multiprocessor, and what they read of a row is still in its own cache.
 _ROW_WARPS = 16
-# Left alone, the compiler spills a few bytes to have fewer.
-_ENOUGH_REGISTERS = 64
 
 
 @triton.jit
@@ -85,9 +84,9 @@ def _exp(z, top, logits_ptr):
     """exp(z - top). For logits that lie in 16 bits one instruction may do the work of two: what it loses for a `top`
     far from 0 is little beside their rounding, and the same for all."""
     if logits_ptr.dtype.element_ty == tl.float32:
-        return tl.exp2((z - top) * _LOG2E)
+        return tl.exp2((z - top) * LOG2E)
     else:
-        return tl.exp2(z * _LOG2E - top * _LOG2E)
+        return tl.exp2(z * LOG2E - top * LOG2E)
 
 
 @triton.jit
@@ -252,7 +251,7 @@ def rows_launch(vocabulary, dtype, bias, options, gradient, statistics, best) ->
     constants |= {"LANES": _ROW_WARPS * LANES, "VECTOR": VECTOR // dtype.itemsize}
     constants |= {"GRADIENT": gradient, "SCALE": gradient_scale(dtype), **options.constants}
     # A bias takes registers of its own.
-    registers = _ENOUGH_REGISTERS * (1 if bias is None else 2)
+    registers = ENOUGH_REGISTERS * (1 if bias is None else 2)
     return Launch(rows_kernel, pointers, ("i64", "i64"), constants, _ROW_WARPS, registers)
 
 
@@ -274,19 +273,12 @@ def logit_chunks(
     launch = rows_launch(vocabulary, dtype, dtype_of(bias), options, gradient, statistics is not None, best is not None)
     stride = row_stride(vocabulary)
     chunks = split(count, stride * dtype.itemsize, limit)
-    if not chunks and dweight is not None:
-        dweight.zero_()
     buffer = rows.new_empty(max((end - start for start, end in chunks), default=0), stride)
     for start, end in chunks:
         dlogits = buffer[: end - start, :columns]
         torch.mm(rows[start:end], decoder.t(), out=dlogits)
         launch(end - start, buffer, targets, bias, losses, statistics, best, start, count)
-        if dbias is not None:
-            add_column_sums(buffer, dbias, end - start)
-        if dweight is not None:
-            add_product(dweight, dlogits.t(), rows[start:end], first=start == 0)
-        if drows is not None:
-            torch.mm(dlogits, decoder, out=drows[start:end])
+        add_gradients(dlogits, rows[start:end], decoder, start, drows, dweight, dbias)
 
 
 def logit_weight_gradient(

@@ -17,8 +17,8 @@ import torch
 
 from .language import tl, triton
 from .launch import Launch, catalogue, ceil_div, dtype_of, multiprocessors
+from .mlm_loss_kernels import LOG2E
 
-LOG2E = tl.constexpr(1.4426950408889634)
 _MOST = tl.constexpr(126.0)
 # Of three steps of 64 columns of rows and decoder, 96 KiB, and the half tile that is written, 16 KiB: half of what a
 # multiprocessor has, as are the registers.

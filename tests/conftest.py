@@ -15,6 +15,7 @@ with pytest.MonkeyPatch.context() as patch:
     if not NATIVE:
         patch.setenv("TRITON_INTERPRET", "1")
     EMBED_FILE = importlib.import_module("cramfast.kernels.embed_kernels")
+    from cramfast.kernels import Launch
     from cramfast.kernels.language import AVAILABLE
 
 
@@ -80,6 +81,19 @@ def poisoned():
     assert deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The name and constants of every kernel launched."""
+    calls, run = [], Launch.__call__
+
+    def record(launch, *arguments):
+        calls.append((launch.kernel.fn.__name__, launch.constants))
+        return run(launch, *arguments)
+
+    monkeypatch.setattr(Launch, "__call__", record)
+    return calls
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 from test_operators import DEVICE, DTYPES, NATIVE, evaluate, floating, needs_gpu, randn, widened
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from cramfast.kernels import Launch, mlm_loss, mlm_loss_reference, mlm_scores, mlm_scores_reference
+from cramfast.kernels import mlm_loss, mlm_loss_reference, mlm_scores, mlm_scores_reference
 from cramfast.layers import SparseMLMHead
 
 # By its name in the package, `mlm_loss` is the function.
@@ -214,19 +214,6 @@ def test_a_graph_kept_for_a_second_pass_gives_the_same_again(dtype, memory):
     loss, leaves = mlm_loss(*inputs, memory=memory), [x for x in inputs if floating(x)]
     first, second = (torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """The name and constants of every kernel launched."""
-    calls, run = [], Launch.__call__
-
-    def record(launch, *arguments):
-        calls.append((launch.kernel.fn.__name__, launch.constants))
-        return run(launch, *arguments)
-
-    monkeypatch.setattr(Launch, "__call__", record)
-    return calls
 
 
 @pytest.mark.parametrize("call", [mlm_loss, mlm_scores])

@@ -31,13 +31,15 @@ from .attention_settings import (
     DTYPES,
     HEAD_SIZES,
     LONGEST,
+    Ring,
     Setting,
     launch_for,
+    ring_launch_for,
     setting_for,
     tile_for,
 )
 from .dispatch import pick
-from .launch import capability_of, ceil_div, contiguous, dtype_of, multiprocessors
+from .launch import aligned, capability_of, ceil_div, contiguous, dtype_of, multiprocessors
 from .long_attention import long_attention, rotate, turn
 from .operator import Operator, define
 from .rotary import token_angles, turn_packed
@@ -88,9 +90,8 @@ _remembered_capability = functools.lru_cache(capability_of)
 
 
 def _setting(qkv, groups, angles, tile) -> Setting:
-    return setting_for(
-        tile, int(qkv.shape[-1]), groups is not None, angles is not None, _remembered_capability(qkv.device)
-    )
+    capability, native = _remembered_capability(qkv.device), qkv.device.type == "cuda"
+    return setting_for(tile, int(qkv.shape[-1]), groups is not None, angles is not None, capability, native)
 
 
 def _run(kernel, tuning, tensors, qkv, groups, tile, longest, scale, window, dropout):
@@ -105,6 +106,16 @@ def _run(kernel, tuning, tensors, qkv, groups, tile, longest, scale, window, dro
     launch(programs, *tensors, total, count if tile else longest, window, scale, dropout)
 
 
+def _run_ring(backward, ring, tensors, qkv, groups, tile, scale, window):
+    """Run a kernel of `attention_hopper.py` over `tensors`, a program on each multiprocessor."""
+    total, _, heads, head_size = qkv.shape
+    dtypes = tuple(map(dtype_of, tensors))
+    launch = ring_launch_for(backward, ring, dtypes, int(heads), int(head_size), tile, window >= 0)
+    count = total // tile if groups is None else groups.shape[0] - 1
+    programs = min(count * heads, multiprocessors(qkv.device))
+    launch(programs, *tensors, total, count, window, scale)
+
+
 def attention_forward(qkv, groups, bounds, angles, seed, tile, longest, scale, window, dropout):
     """(out, lse, turned); turned is None unless it takes qkv's place in the backward pass."""
     qkv, turned = qkv.contiguous(), None
@@ -113,7 +124,10 @@ def attention_forward(qkv, groups, bounds, angles, seed, tile, longest, scale, w
     total, _, heads, head_size = qkv.shape
     out, lse = qkv.new_empty(total, heads, head_size), qkv.new_empty(heads, total, dtype=torch.float32)
     setting, rest = _setting(qkv, groups, angles, tile), (qkv, groups, tile, longest, scale, window, dropout)
-    if tile:
+    if isinstance(setting.forward, Ring):
+        tensors = (aligned(qkv), groups, bounds, angles, out, lse)
+        _run_ring(False, setting.forward, tensors, qkv, groups, tile, scale, window)
+    elif tile:
         _run(forward_tile, setting.forward, (qkv, groups, bounds, angles, seed, out, lse), *rest)
     else:
         _run(forward_blocks, setting.forward, (qkv, groups, bounds, seed, out, lse), *rest)
@@ -124,7 +138,10 @@ def attention_backward(dout, qkv, out, lse, groups, bounds, angles, seed, tile, 
     dout, qkv = contiguous(dout, qkv)
     dqkv = torch.empty_like(qkv)
     setting, rest = _setting(qkv, groups, angles, tile), (qkv, groups, tile, longest, scale, window, dropout)
-    if tile:
+    if isinstance(setting.backward, Ring):
+        tensors = (aligned(dout), aligned(qkv), lse, groups, bounds, angles, dqkv)
+        _run_ring(True, setting.backward, tensors, qkv, groups, tile, scale, window)
+    elif tile:
         _run(backward_tile, setting.backward, (dout, qkv, lse, groups, bounds, angles, seed, dqkv), *rest)
     else:
         delta, options = torch.empty_like(lse), (groups, bounds, angles, seed)

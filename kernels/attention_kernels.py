@@ -6,8 +6,8 @@ group, which is its own sequence cut by the window. Where all sequences just fil
 and no groups are needed.
 
 - `forward_tile`, `backward_tile`: a group is one tile, its scores are on the chip at once. The softmax needs no
-  rescaling; backward makes dq, dk and dv in one pass, with delta = rowsum(P * dP) from the tile itself. The programs
-  may stay for many groups: with three stages they load the next one's rows while they compute, with two after that.
+  rescaling; backward makes dq, dk and dv in one pass, with delta = rowsum(P * dP) from the tile itself. Tiles of 128
+  are for cards that have room for them, with kernels of their own (`attention_hopper.py`); here they are interpreted.
 - `forward_blocks`, `backward_queries`, `backward_keys`: a group spans blocks. The softmax is rescaled from block to
   block; backward goes over the pairs of blocks twice, once for dq and once for dk and dv. That is 7 products where one
   pass takes 5, yet faster: one pass has to add to dk and dv in memory, and holds so much that nothing runs beside it.
@@ -20,7 +20,6 @@ Symbols in comments: T tokens of the batch, H heads, D head size.
 from .attention_parts import (
     block_of,
     group_at,
-    group_at_early,
     kept_of,
     load_matrix,
     load_turned,
@@ -120,7 +119,7 @@ def backward_tile(
     for turn in tl.range(0, (count * H - program + programs - 1) // programs, num_stages=STAGES):
         item = program + turn * programs
         head = item % H
-        start, length = group_at_early(groups_ptr, item // H, TILE)
+        start, length = group_at(groups_ptr, item // H, TILE)
         valid = place < length
         if MASKED:
             low, size = sight_of(bounds_ptr, start, place, valid, T, window, WINDOWED)

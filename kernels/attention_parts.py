@@ -18,19 +18,6 @@ def group_at(groups_ptr, index, span):
 
 
 @triton.jit
-def group_at_early(groups_ptr, index, span):
-    """As `group_at`, for a loop whose loads are made turns ahead. Under a condition, which always holds, this one is
-    made at the start of a turn and is there for those that wait for it at the end; else it takes a stage of its own."""
-    if groups_ptr is None:
-        return group_at(groups_ptr, index, span)
-    else:
-        start, length = index, index
-        if tl.num_programs(0) > 0:
-            start, length = group_at(groups_ptr, index, span)
-        return start, length
-
-
-@triton.jit
 def sight_of(bounds_ptr, start, place, valid, T, window, WINDOWED: tl.constexpr):
     """For the tokens at `place` in their group: the first place and the number of those they see, none where not
     `valid`."""

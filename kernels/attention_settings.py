@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .attention_hopper import backward_tile_hopper, forward_tile_hopper
 from .attention_kernels import backward_keys, backward_queries, backward_tile, forward_blocks, forward_tile
 from .language import triton
 from .launch import Launch, catalogue
@@ -29,22 +30,34 @@ class Tuning:
 
 
 @dataclass(frozen=True)
+class Ring:
+    """For a kernel of `attention_hopper.py`: stages, and how many warps prepare and move tiles, beside the eight that
+    multiply, with how many registers a thread."""
+
+    stages: int
+    preparers: int
+    preparers_registers: int
+    movers: int
+    movers_registers: int
+
+
+@dataclass(frozen=True)
 class Setting:
     """A tuning for each kernel of a forward and a backward pass; only blocks have `backward_keys`."""
 
-    forward: Tuning
-    backward: Tuning
+    forward: Tuning | Ring
+    backward: Tuning | Ring
     backward_keys: Tuning | None = None
 
 
 _SMALL_TILE = Setting(Tuning(4, 1), Tuning(4, 1))
 _SMALL_TURNED_TILE = Setting(Tuning(4, 1, registers=96), Tuning(4, 1))
 _SMALL_TURNED_MASKED_TILE = Setting(Tuning(4, 2, programs=4), Tuning(4, 1))
-# Three stages are the first that overlap: the copies for the next turn begin behind the last store of this one. Masked
-# tiles gain nothing by it.
-_LARGE_TILE = Setting(Tuning(8, 2, registers=128, programs=2), Tuning(8, 3, programs=1))
-_LARGE_TURNED_TILE = Setting(Tuning(8, 1, registers=128, programs=2), Tuning(8, 3, programs=1))
-_LARGE_MASKED_TILE = Setting(Tuning(8, 2, registers=128, programs=2), Tuning(8, 2, programs=1))
+_RING = Setting(Ring(3, 4, 56, 4, 64), Ring(3, 4, 56, 4, 96))
+_TURNED_RING = Setting(Ring(3, 8, 56, 4, 64), Ring(3, 4, 64, 4, 64))
+_MASKED_RING = Setting(Ring(3, 4, 56, 4, 64), Ring(3, 4, 32, 4, 80))
+_TURNED_MASKED_RING = Setting(Ring(3, 8, 56, 4, 64), Ring(3, 4, 72, 4, 72))
+_TURNED_MASKED_RING_OF_32 = Setting(Ring(3, 4, 72, 4, 64), Ring(3, 4, 72, 4, 72))
 _DENSE_BLOCKS = Setting(Tuning(4, 3), Tuning(4, 3), Tuning(4, 3, registers=128, step=32))
 _BLOCKS = Setting(Tuning(4, 3), Tuning(4, 3, step=32), Tuning(4, 4, step=32))
 _WIDE_BLOCKS = Setting(Tuning(8, 2), Tuning(8, 2), Tuning(8, 2, step=32))
@@ -60,10 +73,13 @@ def tile_for(head_size: int, longest: int, rotary: bool, dropout: bool, capabili
     return 128 if head_size <= 64 and longest <= 128 and not dropout and 90 <= capability < 100 else 0
 
 
-def setting_for(tile: int, head_size: int, masked: bool, rotary: bool, capability: int) -> Setting:
-    """What runs on cards of `capability` for groups of this tile, see `tile_for`."""
-    if tile == 128:
-        return _LARGE_MASKED_TILE if masked else _LARGE_TURNED_TILE if rotary else _LARGE_TILE
+def setting_for(tile: int, head_size: int, masked: bool, rotary: bool, capability: int, native: bool = True) -> Setting:
+    """What runs on cards of `capability` for groups of this tile, see `tile_for`. native: on the card itself; the
+    interpreter does not know Gluon."""
+    if tile == 128 and native:
+        if masked and rotary:
+            return _TURNED_MASKED_RING if head_size == 64 else _TURNED_MASKED_RING_OF_32
+        return _MASKED_RING if masked else _TURNED_RING if rotary else _RING
     if tile and rotary and 90 <= capability < 100:
         return _SMALL_TURNED_MASKED_TILE if masked else _SMALL_TURNED_TILE
     if tile:
@@ -73,6 +89,19 @@ def setting_for(tile: int, head_size: int, masked: bool, rotary: bool, capabilit
     if 90 <= capability < 120:
         return _BLOCKS if masked else _DENSE_BLOCKS
     return _BLOCKS_BEFORE_HOPPER
+
+
+@functools.lru_cache
+def ring_launch_for(
+    backward: bool, ring: Ring, tensors: tuple, heads: int, head_size: int, tile: int, windowed: bool
+) -> Launch:
+    """One of the two kernels of `attention_hopper.py` for `tensors`, a dtype for each of its pointers."""
+    kernel = backward_tile_hopper if backward else forward_tile_hopper
+    constants = {"H": heads, "D": head_size, "TILE": tile, "STAGES": ring.stages, "WINDOWED": windowed}
+    constants |= {"PREPARERS": ring.preparers, "PREPARERS_REGISTERS": ring.preparers_registers}
+    constants |= {"MOVERS": ring.movers, "MOVERS_REGISTERS": ring.movers_registers}
+    tokens = "i32" if torch.int32 in tensors else "i32:16"  # as in `launch_for`
+    return Launch(kernel, tensors, (tokens, "i32", "i32", "fp32"), constants, num_warps=8)
 
 
 @functools.lru_cache
@@ -97,7 +126,7 @@ def _launches(dtype, capability):
     with_dropout = (True, False, True)
     cases = {
         (64, 64): [*every, with_dropout],
-        (64, 128): every,
+        **({(32, 128): every, (64, 128): every} if capability == 90 else {}),
         (64, 512): [*every, with_dropout],
         (128, 512): [(True, True, False)],
     }
@@ -115,6 +144,12 @@ def _pass(dtype, head_size, longest, masked, rotary, dropout, capability):
     setting = setting_for(tile, head_size, masked, rotary, capability)
     f32, seed = torch.float32, torch.int64 if dropout else None
     groups, angles = (torch.int32 if masked else None,) * 2, torch.float16 if rotary else None
+    if isinstance(setting.forward, Ring):
+        tensors = (dtype, *groups, angles, dtype, f32)
+        yield ring_launch_for(False, setting.forward, tensors, 12, head_size, tile, False)
+        tensors = (dtype, dtype, f32, *groups, angles, dtype)
+        yield ring_launch_for(True, setting.backward, tensors, 12, head_size, tile, False)
+        return
     if tile:
         options = (*groups, angles, seed)
         kernels = [

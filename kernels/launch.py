@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .language import ASTSource, driver, triton, triton_key
+from .language import ASTSource, GluonASTSource, driver, triton, triton_key
 
 _TYPES = {
     torch.float32: "fp32",
@@ -97,7 +97,8 @@ class Launch:
         divisors = [_ALIGNMENT if aligned and dtype is not None else None for dtype in self.pointers]
         divisors += [int(divisor) if divisor else None for _, _, divisor in scalars]
         attributes = {(i,): [["tt.divisibility", divisor]] for i, divisor in enumerate(divisors) if divisor}
-        source = ASTSource(self.kernel, signature, absent | self.constants, attributes)
+        as_source = GluonASTSource if self.kernel.is_gluon() else ASTSource
+        source = as_source(self.kernel, signature, absent | self.constants, attributes)
         options = {"num_warps": self.num_warps, "maxnreg": self.max_registers}
         return triton.compile(source, target=target, options=options)
 
@@ -182,6 +183,13 @@ def dtype_of(tensor: torch.Tensor | None) -> torch.dtype | None:
 def contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
     """Each tensor laid out without gaps, as the kernels read them; a copy only where it is not already."""
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def aligned(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """`tensor`, or a copy of it where it does not start as vector loads need it: for kernels that do not without."""
+    if tensor is None or not has_data(tensor) or tensor.data_ptr() % _ALIGNMENT == 0:
+        return tensor
+    return tensor.clone()
 
 
 def capability_of(device: torch.device) -> int:

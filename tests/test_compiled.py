@@ -68,7 +68,7 @@ def use_of(launch: Launch, capability: int, aligned: bool = True) -> Use:
     constants = ", ".join(f"{name}={value}" for name, value in launch.constants.items())
     return Use(
         kernel=f"{launch.kernel.fn.__module__.split('.')[-1]}.{launch.kernel.__name__}({constants})",
-        threads=32 * launch.num_warps,
+        threads=32 * compiled.metadata.num_warps,
         registers=int(registers),
         shared=compiled.metadata.shared,
         spilled=max(map(int, spills)),

@@ -1,0 +1,339 @@
+"""The kernels of `attention.py` for groups of up to 128 tokens on cards of compute capability 9.0, in Gluon.
+
+A tile is computed as in `attention_kernels.py`. But there the warps of a program do one thing after the other: they
+load, turn by rotary embedding, multiply and store, and wait in between. Here every warp keeps to one of these, and a
+ring of stages in shared memory goes from one to the next:
+
+    mover: loads q, k, v and dout  →  preparer: turns q and k where they lie, notes what each row sees
+        →  multiplier: matrix products and softmax, results in place of what was read  →  mover: stores them
+
+With neither angles nor masks there is nothing to prepare. Each step hands a stage on through a barrier of its own
+(`full`, `ready`, `done`), which is waited for by the parity of how often the ring has gone round. The multiplier keeps
+the accumulators of two products at once, so it has most of the registers.
+
+Symbols in comments: T tokens of the batch, H heads, D head size.
+"""
+
+from .attention_hopper_parts import (
+    angles_of,
+    chunk_of,
+    fetch_line,
+    fetch_rows,
+    half_rows,
+    make_barriers,
+    prepare,
+    seen_of,
+    split,
+    store_rows,
+    turn,
+    vectors,
+    whole_rows,
+)
+from .attention_parts import group_at
+from .language import async_copy, fence_async_shared, gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+LOG2_E = gl.constexpr(1.4426950408889634)
+
+
+@gluon.jit
+def _move_forward(qkv_ptr, groups_ptr, out_ptr, tiles, barriers, turns, H: gl.constexpr):
+    q_tiles, k_tiles, v_tiles = tiles
+    full, _, done = barriers
+    MASKED: gl.constexpr = groups_ptr is not None
+    STAGES: gl.constexpr = q_tiles.shape[0]
+    TILE: gl.constexpr = q_tiles.shape[1]
+    D: gl.constexpr = q_tiles.shape[2]
+    ROW: gl.constexpr = 3 * H * D
+    layout: gl.constexpr = vectors(D, gl.num_warps())
+    rows = gl.arange(0, TILE, layout=gl.SliceLayout(1, layout))
+    columns = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
+    program, programs = gl.program_id(0), gl.num_programs(0)
+    for i in range(-STAGES, turns):
+        stage = (i + STAGES) % STAGES
+        if i >= 0:
+            item = program + i * programs
+            start, length = group_at(groups_ptr, item // H, TILE)
+            at = (start + rows).to(gl.int64)[:, None] * (H * D) + (item % H * D + columns)[None, :]
+            mbarrier.wait(done.index(stage), (i // STAGES) & 1)
+            store_rows(out_ptr + at, q_tiles.index(stage).load(layout), rows < length, MASKED)
+        if i + STAGES < turns:
+            item = program + (i + STAGES) * programs
+            start, length = group_at(groups_ptr, item // H, TILE)
+            qkv = qkv_ptr + item % H * D
+            fetch_rows(q_tiles.index(stage), qkv, start, length, ROW, MASKED)
+            fetch_rows(k_tiles.index(stage), qkv + H * D, start, length, ROW, MASKED)
+            fetch_rows(v_tiles.index(stage), qkv + 2 * H * D, start, length, ROW, MASKED)
+            async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
+
+
+@gluon.jit
+def _multiply_forward(
+    groups_ptr, lse_ptr, tiles, sights, barriers, turns, T, scale, H: gl.constexpr, PREPARED: gl.constexpr
+):
+    q_tiles, k_tiles, v_tiles = tiles
+    full, ready, done = barriers
+    MASKED: gl.constexpr = groups_ptr is not None
+    STAGES: gl.constexpr = q_tiles.shape[0]
+    TILE: gl.constexpr = q_tiles.shape[1]
+    D: gl.constexpr = q_tiles.shape[2]
+    dtype: gl.constexpr = q_tiles.dtype
+    square: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, TILE, 16])
+    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, D, 16])
+    place = gl.arange(0, TILE, layout=gl.SliceLayout(1, square))
+    program, programs = gl.program_id(0), gl.num_programs(0)
+    for i in range(turns):
+        stage = i % STAGES
+        item = program + i * programs
+        start, length = group_at(groups_ptr, item // H, TILE)
+        q, k, v = q_tiles.index(stage), k_tiles.index(stage), v_tiles.index(stage)
+        if PREPARED:
+            mbarrier.wait(ready.index(stage), (i // STAGES) & 1)
+        else:
+            mbarrier.wait(full.index(stage), (i // STAGES) & 1)
+            fence_async_shared()
+        s = warpgroup_mma(q, k.permute((1, 0)), gl.zeros([TILE, TILE], gl.float32, square), use_acc=False)
+        if MASKED:
+            s = gl.where(seen_of(sights.index(stage), square), s, float("-inf"))
+        m = gl.max(s, 1) * (scale * LOG2_E)
+        p = gl.exp2(s * (scale * LOG2_E) - m[:, None])
+        total = gl.sum(p, 1)
+        weights = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, narrow, 2))
+        out = warpgroup_mma(weights, v, gl.zeros([TILE, D], gl.float32, narrow), use_acc=False)
+        out *= gl.convert_layout(1.0 / total, gl.SliceLayout(1, narrow))[:, None]
+        q.store(out.to(dtype))
+        mbarrier.arrive(done.index(stage), count=1)
+        lse = lse_ptr + (item % H).to(gl.int64) * T + start + place
+        if MASKED:
+            gl.store(lse, m + gl.log2(total), mask=place < length)
+        else:
+            gl.store(lse, m + gl.log2(total))
+
+
+@gluon.jit
+def forward_tile_hopper(
+    qkv_ptr,  # (T, 3, H, D)
+    groups_ptr,  # (1 + groups, 2) or None
+    bounds_ptr,  # (2, T) or None
+    angles_ptr,  # (TILE, D), cos and sin side by side, by position, or None
+    out_ptr,  # (T, H, D)
+    lse_ptr,  # (H, T): log2 of each row's sum of exponentials
+    T,
+    count,  # of groups, where groups_ptr is None
+    window,
+    scale,
+    H: gl.constexpr,
+    D: gl.constexpr,
+    TILE: gl.constexpr,
+    STAGES: gl.constexpr,
+    WINDOWED: gl.constexpr,
+    PREPARERS: gl.constexpr,  # warps
+    PREPARERS_REGISTERS: gl.constexpr,
+    MOVERS: gl.constexpr,
+    MOVERS_REGISTERS: gl.constexpr,
+):
+    PREPARED: gl.constexpr = groups_ptr is not None or angles_ptr is not None
+    dtype: gl.constexpr = qkv_ptr.dtype.element_ty
+    rows: gl.constexpr = gl.NVMMASharedLayout(2 * D, 16, 2)
+    line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    q_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], rows)
+    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], rows)
+    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], rows)
+    sights, positions = None, None
+    if groups_ptr is not None:
+        sights = gl.allocate_shared_memory(gl.int16, [STAGES, TILE], line)
+        positions = gl.allocate_shared_memory(gl.int8, [STAGES, TILE], line)
+        count = gl.load(groups_ptr)
+    barriers = make_barriers(STAGES, MOVERS)
+    program, programs = gl.program_id(0), gl.num_programs(0)
+    turns = (count * H - program + programs - 1) // programs
+    tiles, notes = (q_tiles, k_tiles, v_tiles), (sights, positions)
+    if PREPARED:
+        gl.warp_specialize(
+            [
+                (_multiply_forward, (groups_ptr, lse_ptr, tiles, sights, barriers, turns, T, scale, H, PREPARED)),
+                (prepare, (groups_ptr, bounds_ptr, angles_ptr, tiles, notes, barriers, turns, T, window, H, WINDOWED)),
+                (_move_forward, (qkv_ptr, groups_ptr, out_ptr, tiles, barriers, turns, H)),
+            ],
+            [PREPARERS, MOVERS],
+            [PREPARERS_REGISTERS, MOVERS_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_multiply_forward, (groups_ptr, lse_ptr, tiles, sights, barriers, turns, T, scale, H, PREPARED)),
+                (_move_forward, (qkv_ptr, groups_ptr, out_ptr, tiles, barriers, turns, H)),
+            ],
+            [MOVERS],
+            [MOVERS_REGISTERS],
+        )
+
+
+@gluon.jit
+def _move_backward(data, groups_ptr, angles_ptr, tiles, lse_lines, positions, barriers, turns, T, H: gl.constexpr):
+    dout_ptr, qkv_ptr, lse_ptr, dqkv_ptr = data
+    q_tiles, k_tiles, v_tiles, dout_tiles = tiles
+    full, _, done = barriers
+    MASKED: gl.constexpr = groups_ptr is not None
+    STAGES: gl.constexpr = q_tiles.shape[0]
+    TILE: gl.constexpr = q_tiles.shape[1]
+    D: gl.constexpr = q_tiles.shape[2]
+    ROW: gl.constexpr = 3 * H * D
+    whole: gl.constexpr = whole_rows(D, gl.num_warps())
+    half: gl.constexpr = half_rows(D, gl.num_warps())
+    CHUNK: gl.constexpr = whole.shape[0]
+    rows = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, half))
+    columns = gl.arange(0, D // 2, layout=gl.SliceLayout(0, half))
+    program, programs = gl.program_id(0), gl.num_programs(0)
+    for i in range(-STAGES, turns):
+        stage = (i + STAGES) % STAGES
+        if i >= 0:
+            item = program + i * programs
+            start, length = group_at(groups_ptr, item // H, TILE)
+            mbarrier.wait(done.index(stage), (i // STAGES) & 1)
+            for chunk in gl.static_range(TILE // CHUNK):
+                place = chunk * CHUNK + rows
+                valid = place < length
+                at = dqkv_ptr + ((start + place).to(gl.int64)[:, None] * ROW + (item % H * D + columns)[None, :])
+                v1, v2 = split(chunk_of(v_tiles, stage, chunk, CHUNK).load(whole), half)
+                store_rows(at + 2 * H * D, v1, valid, MASKED)
+                store_rows(at + (2 * H * D + D // 2), v2, valid, MASKED)
+                q1, q2 = split(chunk_of(q_tiles, stage, chunk, CHUNK).load(whole), half)
+                k1, k2 = split(chunk_of(k_tiles, stage, chunk, CHUNK).load(whole), half)
+                if angles_ptr is not None:
+                    cos, sin = angles_of(angles_ptr, positions, stage, chunk, columns, D, CHUNK, half)
+                    cos32, sin32 = cos.to(gl.float32), sin.to(gl.float32)
+                    q1, q2 = turn(q1, q2, cos32, -sin32)
+                    k1, k2 = turn(k1, k2, cos32, -sin32)
+                store_rows(at, q1, valid, MASKED)
+                store_rows(at + D // 2, q2, valid, MASKED)
+                store_rows(at + H * D, k1, valid, MASKED)
+                store_rows(at + (H * D + D // 2), k2, valid, MASKED)
+        if i + STAGES < turns:
+            item = program + (i + STAGES) * programs
+            start, length = group_at(groups_ptr, item // H, TILE)
+            qkv, dout = qkv_ptr + item % H * D, dout_ptr + item % H * D
+            fetch_rows(q_tiles.index(stage), qkv, start, length, ROW, MASKED)
+            fetch_rows(k_tiles.index(stage), qkv + H * D, start, length, ROW, MASKED)
+            fetch_rows(v_tiles.index(stage), qkv + 2 * H * D, start, length, ROW, MASKED)
+            fetch_rows(dout_tiles.index(stage), dout, start, length, H * D, MASKED)
+            lse = lse_ptr + (item % H).to(gl.int64) * T
+            fetch_line(lse_lines.index(stage), lse, start, length, MASKED)
+            async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
+
+
+@gluon.jit
+def _multiply_backward(groups_ptr, tiles, weights, lse_lines, sights, barriers, turns, scale, PREPARED: gl.constexpr):
+    """`weights` (TILE, TILE) holds P, then dS, for the products that take them on their side."""
+    q_tiles, k_tiles, v_tiles, dout_tiles = tiles
+    full, ready, done = barriers
+    MASKED: gl.constexpr = groups_ptr is not None
+    STAGES: gl.constexpr = q_tiles.shape[0]
+    TILE: gl.constexpr = q_tiles.shape[1]
+    D: gl.constexpr = q_tiles.shape[2]
+    dtype: gl.constexpr = q_tiles.dtype
+    square: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, TILE, 16])
+    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, D, 16])
+    for i in range(turns):
+        stage = i % STAGES
+        q, k, v, dout = q_tiles.index(stage), k_tiles.index(stage), v_tiles.index(stage), dout_tiles.index(stage)
+        nothing = gl.zeros([TILE, TILE], gl.float32, square)
+        if PREPARED:
+            mbarrier.wait(ready.index(stage), (i // STAGES) & 1)
+        else:
+            mbarrier.wait(full.index(stage), (i // STAGES) & 1)
+            fence_async_shared()
+        s = warpgroup_mma(q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        dp = warpgroup_mma(dout, v.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        lse = lse_lines.index(stage).load(gl.SliceLayout(1, square))
+        s = warpgroup_mma_wait(1, deps=(s,))
+        p = gl.exp2(s * (scale * LOG2_E) - lse[:, None])
+        if MASKED:
+            p = gl.where(seen_of(sights.index(stage), square), p, 0.0)
+        weights.store(p.to(dtype))
+        fence_async_shared()
+        nothing = gl.zeros([TILE, D], gl.float32, narrow)
+        dv = warpgroup_mma(weights.permute((1, 0)), dout, nothing, use_acc=False, is_async=True)
+        dp = warpgroup_mma_wait(1, deps=(dp,))
+        delta = gl.sum(p * dp, 1)
+        ds = (p * (dp - delta[:, None])).to(dtype)
+        dv = warpgroup_mma_wait(0, deps=(dv,))
+        weights.store(ds)
+        fence_async_shared()
+        ds = gl.convert_layout(ds, gl.DotOperandLayout(0, narrow, 2))
+        dq = warpgroup_mma(ds, k, nothing, use_acc=False, is_async=True)
+        dk = warpgroup_mma(weights.permute((1, 0)), q, nothing, use_acc=False, is_async=True)
+        v.store(dv.to(dtype))
+        dq, dk = warpgroup_mma_wait(0, deps=(dq, dk))
+        q.store((dq * scale).to(dtype))
+        k.store((dk * scale).to(dtype))
+        mbarrier.arrive(done.index(stage), count=1)
+
+
+@gluon.jit
+def backward_tile_hopper(
+    dout_ptr,  # (T, H, D)
+    qkv_ptr,  # (T, 3, H, D)
+    lse_ptr,  # (H, T)
+    groups_ptr,  # (1 + groups, 2) or None
+    bounds_ptr,  # (2, T) or None
+    angles_ptr,  # (TILE, D), cos and sin side by side, by position, or None
+    dqkv_ptr,  # (T, 3, H, D)
+    T,
+    count,  # of groups, where groups_ptr is None
+    window,
+    scale,
+    H: gl.constexpr,
+    D: gl.constexpr,
+    TILE: gl.constexpr,
+    STAGES: gl.constexpr,
+    WINDOWED: gl.constexpr,
+    PREPARERS: gl.constexpr,  # warps
+    PREPARERS_REGISTERS: gl.constexpr,
+    MOVERS: gl.constexpr,
+    MOVERS_REGISTERS: gl.constexpr,
+):
+    PREPARED: gl.constexpr = groups_ptr is not None or angles_ptr is not None
+    dtype: gl.constexpr = qkv_ptr.dtype.element_ty
+    rows: gl.constexpr = gl.NVMMASharedLayout(2 * D, 16, 2)
+    line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    q_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], rows)
+    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], rows)
+    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], rows)
+    dout_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], rows)
+    weights = gl.allocate_shared_memory(dtype, [TILE, TILE], gl.NVMMASharedLayout(128, 16, 2))
+    lse_lines = gl.allocate_shared_memory(gl.float32, [STAGES, TILE], line)
+    sights, positions = None, None
+    if groups_ptr is not None:
+        sights = gl.allocate_shared_memory(gl.int16, [STAGES, TILE], line)
+        positions = gl.allocate_shared_memory(gl.int8, [STAGES, TILE], line)
+        count = gl.load(groups_ptr)
+    barriers = make_barriers(STAGES, MOVERS)
+    program, programs = gl.program_id(0), gl.num_programs(0)
+    turns = (count * H - program + programs - 1) // programs
+    tiles, notes = (q_tiles, k_tiles, v_tiles, dout_tiles), (sights, positions)
+    data = (dout_ptr, qkv_ptr, lse_ptr, dqkv_ptr)
+    if PREPARED:
+        gl.warp_specialize(
+            [
+                (_multiply_backward, (groups_ptr, tiles, weights, lse_lines, sights, barriers, turns, scale, PREPARED)),
+                (prepare, (groups_ptr, bounds_ptr, angles_ptr, tiles, notes, barriers, turns, T, window, H, WINDOWED)),
+                (
+                    _move_backward,
+                    (data, groups_ptr, angles_ptr, tiles, lse_lines, positions, barriers, turns, T, H),
+                ),
+            ],
+            [PREPARERS, MOVERS],
+            [PREPARERS_REGISTERS, MOVERS_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_multiply_backward, (groups_ptr, tiles, weights, lse_lines, sights, barriers, turns, scale, PREPARED)),
+                (
+                    _move_backward,
+                    (data, groups_ptr, angles_ptr, tiles, lse_lines, positions, barriers, turns, T, H),
+                ),
+            ],
+            [MOVERS],
+            [MOVERS_REGISTERS],
+        )

@@ -1,0 +1,263 @@
+"""Runs Gluon kernels where Triton's interpreter cannot: their Python as it stands, with torch in place of the language.
+
+Layouts mean nothing here, and every operation is done at once. What is left is what a kernel computes: which elements
+of memory it touches, through which stage of shared memory, and in which order its partitions hand work on. Each
+partition of a `warp_specialize` is a thread; a barrier that nobody completes is reported instead of waited for.
+"""
+
+import builtins
+import threading
+import time
+import types
+
+import torch
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier as real_mbarrier
+
+from cramfast.kernels import language
+
+DEADLOCK_SECONDS = 20
+UINT32 = object()
+
+
+class Value(torch.Tensor):
+    """What a kernel computes with: a tensor that knows unsigned integers."""
+
+    def to(self, dtype):
+        return super().to(torch.int64) & 0xFFFFFFFF if dtype is UINT32 else super().to(dtype)
+
+
+def value(tensor: torch.Tensor) -> Value:
+    return tensor.as_subclass(Value)
+
+
+class Pointer:
+    """Elements of a tensor; reading and writing beyond it fails."""
+
+    def __init__(self, elements: torch.Tensor, offset=0):
+        self.elements, self.offset = elements, offset
+        self.dtype = types.SimpleNamespace(element_ty=elements.dtype)
+
+    def __add__(self, offset):
+        return Pointer(self.elements, self.offset + offset)
+
+    def _places(self, mask):
+        places = torch.as_tensor(self.offset).as_subclass(torch.Tensor).long()
+        if mask is None:
+            return places, torch.ones_like(places, dtype=torch.bool)
+        mask = mask.as_subclass(torch.Tensor)
+        places, mask = torch.broadcast_tensors(places, mask)
+        return torch.where(mask, places, 0), mask
+
+    def load(self, mask=None, other=None, **hints):
+        places, mask = self._places(mask)
+        assert ((places >= 0) & (places < self.elements.numel())).all()
+        return value(torch.where(mask, self.elements[places], 0 if other is None else other).to(self.elements.dtype))
+
+    def store(self, x, mask=None, **hints):
+        places, mask = self._places(mask)
+        assert ((places >= 0) & (places < self.elements.numel())).all()
+        x = torch.as_tensor(x).as_subclass(torch.Tensor)
+        assert x.dtype == self.elements.dtype or x.dtype == torch.float32
+        self.elements[places[mask]] = x.expand(places.shape)[mask].to(self.elements.dtype)
+
+
+class Shared:
+    """Shared memory; what was never written is not a number, or no sensible one."""
+
+    def __init__(self, tensor: torch.Tensor, layout=None):
+        self.tensor, self.layout = tensor, layout
+        self.dtype, self.shape = tensor.dtype, list(tensor.shape)
+
+    def index(self, i):
+        return Shared(self.tensor[i], self.layout)
+
+    def permute(self, order):
+        return Shared(self.tensor.permute(order), self.layout)
+
+    def _reinterpret(self, dtype, shape, layout):
+        assert dtype == self.dtype
+        return Shared(self.tensor.view(shape), layout)
+
+    def load(self, layout=None):
+        return value(self.tensor.clone())
+
+    def store(self, x):
+        assert x.dtype == self.dtype and list(x.shape) == self.shape
+        self.tensor.copy_(x)
+
+
+class Barrier:
+    def __init__(self, failed: threading.Event):
+        self.failed, self.changed = failed, threading.Condition()
+        self.count = self.pending = self.phase = 0
+
+    def init(self, count):
+        self.count = self.pending = count
+
+    def arrive(self, count):
+        with self.changed:
+            self.pending -= count
+            assert self.pending >= 0
+            if self.pending == 0:
+                self.phase, self.pending = self.phase + 1, self.count
+                self.changed.notify_all()
+
+    def wait(self, parity):
+        deadline = time.monotonic() + DEADLOCK_SECONDS
+        with self.changed:
+            while not self.changed.wait_for(lambda: self.phase & 1 != parity, timeout=0.1):
+                assert not self.failed.is_set() and time.monotonic() < deadline
+
+
+class Language:
+    """In place of `gl` and of `tl`, for one program."""
+
+    int8, int16, int32, int64, uint32 = torch.int8, torch.int16, torch.int32, torch.int64, UINT32
+    float16, bfloat16, float32 = torch.float16, torch.bfloat16, torch.float32
+    static_range = staticmethod(range)
+
+    def __init__(self, program: int, programs: int, warps: int):
+        self._program, self._programs = program, programs
+        self._failed, self._of_thread = threading.Event(), threading.local()
+        self._of_thread.warps = warps
+
+    def __getattr__(self, name):  # layouts
+        return getattr(language.gl, name)
+
+    def program_id(self, axis):
+        return value(torch.tensor(self._program, dtype=torch.int32))
+
+    def num_programs(self, axis):
+        return value(torch.tensor(self._programs, dtype=torch.int32))
+
+    def num_warps(self):
+        return self._of_thread.warps
+
+    def arange(self, start, end, layout=None):
+        return value(torch.arange(start, end, dtype=torch.int32))
+
+    def zeros(self, shape, dtype, layout):
+        return value(torch.zeros(shape, dtype=dtype))
+
+    def load(self, pointer, **options):
+        return pointer.load(**options)
+
+    def store(self, pointer, x, **options):
+        pointer.store(x, **options)
+
+    def where(self, condition, x, y):
+        return torch.where(condition, x, y)
+
+    def maximum(self, x, y):
+        return torch.maximum(x, torch.as_tensor(y))
+
+    def minimum(self, x, y):
+        return torch.minimum(x, torch.as_tensor(y))
+
+    def exp2(self, x):
+        return torch.exp2(x)
+
+    def log2(self, x):
+        return torch.log2(x)
+
+    def sum(self, x, axis):
+        return x.sum(axis)
+
+    def max(self, x, axis):
+        return x.amax(axis)
+
+    def reshape(self, x, shape):
+        return x.reshape(tuple(shape))
+
+    def permute(self, x, order):
+        return x.permute(order)
+
+    def split(self, x):
+        return x[..., 0], x[..., 1]
+
+    def join(self, x, y):
+        return torch.stack((x, y), dim=-1)
+
+    def convert_layout(self, x, layout, assert_trivial=False):
+        return x
+
+    def allocate_shared_memory(self, dtype, shape, layout):
+        if isinstance(layout, real_mbarrier.MBarrierLayout):
+            barriers = [Barrier(self._failed) for _ in range(shape[0])]
+            return types.SimpleNamespace(index=barriers.__getitem__)
+        return Shared(torch.full(shape, float("nan") if dtype.is_floating_point else 99, dtype=dtype), layout)
+
+    def warp_specialize(self, partitions, warps, registers):
+        assert len(warps) == len(registers) == len(partitions) - 1
+        errors = []
+
+        def work(function, arguments, warps):
+            self._of_thread.warps = warps
+            try:
+                function(*arguments)
+            except BaseException as error:
+                errors.append(error)
+                self._failed.set()
+
+        warps = (self.num_warps(), *warps)
+        threads = [threading.Thread(target=work, args=(*p, w)) for p, w in zip(partitions, warps, strict=True)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+
+
+def _product(a, b, acc, use_acc=True, is_async=False):
+    a = a.tensor if isinstance(a, Shared) else a
+    product = a.as_subclass(torch.Tensor).float() @ b.tensor.float()
+    return value(acc + product if use_acc else product)
+
+
+def _translated(function, replaced: dict, done: dict):
+    """`function`, and what it calls, with other globals."""
+    function = getattr(function, "fn", function)
+    if function not in done:
+        scope = {"__builtins__": builtins}
+        done[function] = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__)
+        for name in function.__code__.co_names:
+            if name in function.__globals__:
+                scope[name] = _translation(function.__globals__[name], replaced, done)
+    return done[function]
+
+
+def _translation(thing, replaced, done):
+    if id(thing) in replaced:
+        return replaced[id(thing)]
+    if hasattr(thing, "fn"):
+        return _translated(thing, replaced, done)
+    return getattr(thing, "value", thing)
+
+
+def run(kernel, programs: int, *arguments, num_warps: int = 8, **constants) -> None:
+    """As `kernel[(programs,)](*arguments, num_warps=num_warps, **constants)`, with tensors on the CPU."""
+    arguments = [Pointer(x.view(-1)) if isinstance(x, torch.Tensor) else x for x in arguments]
+    barriers = types.SimpleNamespace(
+        init=lambda barrier, count: barrier.init(count),
+        arrive=lambda barrier, count: barrier.arrive(count),
+        wait=lambda barrier, phase: barrier.wait(phase),
+        MBarrierLayout=real_mbarrier.MBarrierLayout,
+    )
+    copies = types.SimpleNamespace(
+        async_copy_global_to_shared=lambda into, at, mask=None: into.store(at.load(mask, 0)),
+        # Every thread of the partition has made its copies.
+        mbarrier_arrive=lambda barrier, increment_count: barrier.arrive(barrier.count),
+    )
+    for program in range(programs):
+        gl = Language(program, programs, num_warps)
+        replaced = {
+            id(language.gl): gl,
+            id(language.tl): gl,
+            id(language.mbarrier): barriers,
+            id(language.async_copy): copies,
+            id(language.fence_async_shared): lambda: None,
+            id(language.warpgroup_mma): _product,
+            id(language.warpgroup_mma_wait): lambda pending, deps: deps[0] if len(deps) == 1 else deps,
+        }
+        _translated(kernel, replaced, {})(*arguments, **constants)

@@ -1,0 +1,98 @@
+"""The kernels of `attention_hopper.py` on the CPU, where `gluon_on_cpu` stands in for Gluon. On a card of compute
+capability 9.0 all tests of attention run them as they are."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from gluon_on_cpu import run
+
+from cramfast.kernels import varlen_attention_reference
+from cramfast.kernels.attention_hopper import backward_tile_hopper, forward_tile_hopper
+from cramfast.kernels.rotary import token_angles
+from cramfast.kernels.sequences import group_sequences
+from cramfast.model import rotary_tables
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter for what is not Gluon")
+
+HEADS, TILE = 2, 128
+RING = {"STAGES": 3, "PREPARERS": 4, "PREPARERS_REGISTERS": 64, "MOVERS": 4, "MOVERS_REGISTERS": 64}
+EQUAL, RAGGED = (128,) * 4, (1, 17, 63, 64, 100, 127, 128, 3, 3, 3, 90, 20)
+
+
+def attention(qkv, dout, lengths, size, programs, window=None, turned=False, preparers=4):
+    """(out, lse, dqkv) by the kernels."""
+    total, masked = qkv.shape[0], not (set(lengths) == {TILE} and window is None)
+    cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
+    groups = bounds = angles = None
+    count = total // TILE
+    if masked:
+        groups, bounds = group_sequences(cu_seqlens, total, TILE, TILE)
+    if turned:
+        angles = token_angles(*rotary_tables(TILE, size, 10_000.0), None, TILE)
+    constants = RING | {"H": HEADS, "D": size, "TILE": TILE, "WINDOWED": window is not None, "PREPARERS": preparers}
+    scalars = (total, count, -1 if window is None else window, size**-0.5)
+    out, lse, dqkv = torch.empty_like(dout), torch.empty(HEADS, total), torch.empty_like(qkv)
+    for result in (out, lse, dqkv):
+        result.fill_(float("nan"))
+    run(forward_tile_hopper, programs, qkv, groups, bounds, angles, out, lse, *scalars, **constants)
+    run(backward_tile_hopper, programs, dout, qkv, lse, groups, bounds, angles, dqkv, *scalars, **constants)
+    return out, lse, dqkv
+
+
+def by_reference(qkv, dout, lengths, size, dtype, window=None, turned=False):
+    qkv = qkv.to(dtype).requires_grad_()
+    cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
+    wide = torch.promote_types(dtype, torch.float32)
+    tables = dict(zip(("cos", "sin"), (t.to(wide) for t in rotary_tables(TILE, size, 10_000.0)), strict=True))
+    out = varlen_attention_reference(qkv, cu_seqlens, max(lengths), window=window, **(tables if turned else {}))
+    out.backward(dout.to(dtype))
+    return out.detach(), qkv.grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("lengths", "size", "options"),
+    [
+        pytest.param(EQUAL, 64, {}, id="full tiles"),
+        pytest.param(EQUAL, 64, {"turned": True}, id="full tiles, rotary"),
+        pytest.param(EQUAL, 32, {"turned": True}, id="full tiles, rotary, heads of 32"),
+        pytest.param(RAGGED, 64, {}, id="ragged"),
+        pytest.param(RAGGED, 64, {"turned": True}, id="ragged, rotary"),
+        pytest.param(RAGGED, 32, {"turned": True, "window": 20}, id="ragged, rotary, window, heads of 32"),
+        pytest.param(EQUAL, 64, {"window": 0}, id="a window of the token alone"),
+        pytest.param((5,), 64, {"turned": True}, id="five tokens"),
+    ],
+)
+def test_results_are_as_exact_as_the_reference(lengths, size, options, dtype):
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(sum(lengths), 3, HEADS, size, generator=generator).to(dtype)
+    dout = torch.randn(sum(lengths), HEADS, size, generator=generator).to(dtype)
+    exact = by_reference(qkv, dout, lengths, size, torch.float64, **options)
+    of_dtype = by_reference(qkv, dout, lengths, size, dtype, **options)
+    out, lse, dqkv = attention(qkv, dout, lengths, size, programs=3, **options)
+    assert lse.isfinite().all()
+    for name, found, torchs, expected in zip(("out", "dqkv"), (out, dqkv), of_dtype, exact, strict=True):
+        error, allowed = (found - expected).norm(), 2 * (torchs - expected).norm()
+        assert error <= allowed, name
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("lengths", [EQUAL, RAGGED], ids=["full", "ragged"])
+def test_who_does_the_work_does_not_matter(lengths, turned):
+    """Rings that go round many times, not once, or not at all; and preparers of either number."""
+    qkv = torch.randn(sum(lengths), 3, HEADS, 64).bfloat16()
+    dout = torch.randn(sum(lengths), HEADS, 64).bfloat16()
+    first = attention(qkv, dout, lengths, 64, programs=1, turned=turned)
+    for programs, preparers in ((7, 4), (30, 8)):
+        others = attention(qkv, dout, lengths, 64, programs=programs, turned=turned, preparers=preparers)
+        for found, expected in zip(others, first, strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_a_sequence_that_is_no_number_leaves_other_groups_alone():
+    qkv, dout = torch.randn(256, 3, HEADS, 64).bfloat16(), torch.randn(256, HEADS, 64).bfloat16()
+    lengths = (100, 128, 28)
+    qkv[:100] = float("nan")
+    out, lse, dqkv = attention(qkv, dout, lengths, 64, programs=2, turned=True)
+    for result in (out[100:], lse[:, 100:], dqkv[100:]):
+        assert result.isfinite().all()

@@ -34,6 +34,7 @@ class Kind(Enum):
 # Of each file in kernels/: the kinds of its kernels, of those without and those with "backward" in their names.
 _FILES = {
     "adamw": (Kind.OPTIMIZER, Kind.OPTIMIZER),
+    "attention_hopper": (Kind.ATTENTION_FORWARD, Kind.ATTENTION_BACKWARD),
     "attention_kernels": (Kind.ATTENTION_FORWARD, Kind.ATTENTION_BACKWARD),
     "column_sums": (Kind.MATMUL, Kind.MATMUL),
     "embed_kernels": (Kind.EMBEDDING, Kind.EMBEDDING),

@@ -15,7 +15,8 @@ qkv is read and dqkv written packed, as the linear layers around have them. How 
 in `attention_kernels.py`.
 
 Sources: Vaswani et al., 1706.03762; Su et al., RoFormer, 2104.09864; the backward pass from a saved lse: Dao et al.,
-FlashAttention, 2205.14135; the random numbers: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
+FlashAttention, 2205.14135; the random numbers: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011, and
+Steele et al., "Fast splittable pseudorandom number generators", 2014.
 """
 
 import functools
@@ -106,14 +107,14 @@ def _run(kernel, tuning, tensors, qkv, groups, tile, longest, scale, window, dro
     launch(programs, *tensors, total, count if tile else longest, window, scale, dropout)
 
 
-def _run_ring(backward, ring, tensors, qkv, groups, tile, scale, window):
+def _run_ring(backward, ring, tensors, qkv, groups, tile, scale, window, dropout):
     """Run a kernel of `attention_hopper.py` over `tensors`, a program on each multiprocessor."""
     total, _, heads, head_size = qkv.shape
     dtypes = tuple(map(dtype_of, tensors))
     launch = ring_launch_for(backward, ring, dtypes, int(heads), int(head_size), tile, window >= 0)
     count = total // tile if groups is None else groups.shape[0] - 1
     programs = min(count * heads, multiprocessors(qkv.device))
-    launch(programs, *tensors, total, count, window, scale)
+    launch(programs, *tensors, total, count, window, scale, dropout)
 
 
 def attention_forward(qkv, groups, bounds, angles, seed, tile, longest, scale, window, dropout):
@@ -125,8 +126,8 @@ def attention_forward(qkv, groups, bounds, angles, seed, tile, longest, scale, w
     out, lse = qkv.new_empty(total, heads, head_size), qkv.new_empty(heads, total, dtype=torch.float32)
     setting, rest = _setting(qkv, groups, angles, tile), (qkv, groups, tile, longest, scale, window, dropout)
     if isinstance(setting.forward, Ring):
-        tensors = (aligned(qkv), groups, bounds, angles, out, lse)
-        _run_ring(False, setting.forward, tensors, qkv, groups, tile, scale, window)
+        tensors = (aligned(qkv), groups, bounds, angles, seed, out, lse)
+        _run_ring(False, setting.forward, tensors, qkv, groups, tile, scale, window, dropout)
     elif tile:
         _run(forward_tile, setting.forward, (qkv, groups, bounds, angles, seed, out, lse), *rest)
     else:
@@ -139,8 +140,8 @@ def attention_backward(dout, qkv, out, lse, groups, bounds, angles, seed, tile, 
     dqkv = torch.empty_like(qkv)
     setting, rest = _setting(qkv, groups, angles, tile), (qkv, groups, tile, longest, scale, window, dropout)
     if isinstance(setting.backward, Ring):
-        tensors = (aligned(dout), aligned(qkv), lse, groups, bounds, angles, dqkv)
-        _run_ring(True, setting.backward, tensors, qkv, groups, tile, scale, window)
+        tensors = (aligned(dout), aligned(qkv), lse, groups, bounds, angles, seed, dqkv)
+        _run_ring(True, setting.backward, tensors, qkv, groups, tile, scale, window, dropout)
     elif tile:
         _run(backward_tile, setting.backward, (dout, qkv, lse, groups, bounds, angles, seed, dqkv), *rest)
     else:

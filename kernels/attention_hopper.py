@@ -29,7 +29,7 @@ from .attention_hopper_parts import (
     vectors,
     whole_rows,
 )
-from .attention_parts import group_at
+from .attention_parts import group_at, is_kept
 from .language import async_copy, fence_async_shared, gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 LOG2_E = gl.constexpr(1.4426950408889634)
@@ -68,8 +68,9 @@ def _move_forward(qkv_ptr, groups_ptr, out_ptr, tiles, barriers, turns, H: gl.co
 
 @gluon.jit
 def _multiply_forward(
-    groups_ptr, lse_ptr, tiles, sights, barriers, turns, T, scale, H: gl.constexpr, PREPARED: gl.constexpr
-):
+    groups_ptr, seed_ptr, lse_ptr, tiles, sights, barriers, turns, T, scale, dropout,
+    H: gl.constexpr, PREPARED: gl.constexpr,
+):  # fmt: skip
     q_tiles, k_tiles, v_tiles = tiles
     full, ready, done = barriers
     MASKED: gl.constexpr = groups_ptr is not None
@@ -80,6 +81,7 @@ def _multiply_forward(
     square: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, TILE, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, D, 16])
     place = gl.arange(0, TILE, layout=gl.SliceLayout(1, square))
+    others = gl.arange(0, TILE, layout=gl.SliceLayout(0, square))
     program, programs = gl.program_id(0), gl.num_programs(0)
     for i in range(turns):
         stage = i % STAGES
@@ -97,9 +99,15 @@ def _multiply_forward(
         m = gl.max(s, 1) * (scale * LOG2_E)
         p = gl.exp2(s * (scale * LOG2_E) - m[:, None])
         total = gl.sum(p, 1)
+        if seed_ptr is not None:
+            kept = is_kept(seed_ptr, start + place[:, None], start + others[None, :], item % H, dropout)
+            p = gl.where(kept, p, 0.0)
         weights = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, narrow, 2))
         out = warpgroup_mma(weights, v, gl.zeros([TILE, D], gl.float32, narrow), use_acc=False)
-        out *= gl.convert_layout(1.0 / total, gl.SliceLayout(1, narrow))[:, None]
+        share = 1.0 / total
+        if seed_ptr is not None:
+            share /= 1.0 - dropout
+        out *= gl.convert_layout(share, gl.SliceLayout(1, narrow))[:, None]
         q.store(out.to(dtype))
         mbarrier.arrive(done.index(stage), count=1)
         lse = lse_ptr + (item % H).to(gl.int64) * T + start + place
@@ -115,12 +123,14 @@ def forward_tile_hopper(
     groups_ptr,  # (1 + groups, 2) or None
     bounds_ptr,  # (2, T) or None
     angles_ptr,  # (TILE, D), cos and sin side by side, by position, or None
+    seed_ptr,  # (1,) or None
     out_ptr,  # (T, H, D)
     lse_ptr,  # (H, T): log2 of each row's sum of exponentials
     T,
     count,  # of groups, where groups_ptr is None
     window,
     scale,
+    dropout,
     H: gl.constexpr,
     D: gl.constexpr,
     TILE: gl.constexpr,
@@ -150,7 +160,10 @@ def forward_tile_hopper(
     if PREPARED:
         gl.warp_specialize(
             [
-                (_multiply_forward, (groups_ptr, lse_ptr, tiles, sights, barriers, turns, T, scale, H, PREPARED)),
+                (
+                    _multiply_forward,
+                    (groups_ptr, seed_ptr, lse_ptr, tiles, sights, barriers, turns, T, scale, dropout, H, PREPARED),
+                ),
                 (prepare, (groups_ptr, bounds_ptr, angles_ptr, tiles, notes, barriers, turns, T, window, H, WINDOWED)),
                 (_move_forward, (qkv_ptr, groups_ptr, out_ptr, tiles, barriers, turns, H)),
             ],
@@ -160,7 +173,10 @@ def forward_tile_hopper(
     else:
         gl.warp_specialize(
             [
-                (_multiply_forward, (groups_ptr, lse_ptr, tiles, sights, barriers, turns, T, scale, H, PREPARED)),
+                (
+                    _multiply_forward,
+                    (groups_ptr, seed_ptr, lse_ptr, tiles, sights, barriers, turns, T, scale, dropout, H, PREPARED),
+                ),
                 (_move_forward, (qkv_ptr, groups_ptr, out_ptr, tiles, barriers, turns, H)),
             ],
             [MOVERS],
@@ -222,7 +238,10 @@ def _move_backward(data, groups_ptr, angles_ptr, tiles, lse_lines, positions, ba
 
 
 @gluon.jit
-def _multiply_backward(groups_ptr, tiles, weights, lse_lines, sights, barriers, turns, scale, PREPARED: gl.constexpr):
+def _multiply_backward(
+    groups_ptr, seed_ptr, tiles, weights, lse_lines, sights, barriers, turns, scale, dropout,
+    H: gl.constexpr, PREPARED: gl.constexpr,
+):  # fmt: skip
     """`weights` (TILE, TILE) holds P, then dS, for the products that take them on their side."""
     q_tiles, k_tiles, v_tiles, dout_tiles = tiles
     full, ready, done = barriers
@@ -233,8 +252,13 @@ def _multiply_backward(groups_ptr, tiles, weights, lse_lines, sights, barriers, 
     dtype: gl.constexpr = q_tiles.dtype
     square: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, TILE, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, D, 16])
+    place = gl.arange(0, TILE, layout=gl.SliceLayout(1, square))
+    others = gl.arange(0, TILE, layout=gl.SliceLayout(0, square))
+    program, programs = gl.program_id(0), gl.num_programs(0)
+    more = 1.0 / (1.0 - dropout)
     for i in range(turns):
         stage = i % STAGES
+        item = program + i * programs
         q, k, v, dout = q_tiles.index(stage), k_tiles.index(stage), v_tiles.index(stage), dout_tiles.index(stage)
         nothing = gl.zeros([TILE, TILE], gl.float32, square)
         if PREPARED:
@@ -243,17 +267,31 @@ def _multiply_backward(groups_ptr, tiles, weights, lse_lines, sights, barriers, 
             mbarrier.wait(full.index(stage), (i // STAGES) & 1)
             fence_async_shared()
         s = warpgroup_mma(q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
-        dp = warpgroup_mma(dout, v.permute((1, 0)), nothing, use_acc=False, is_async=True)
         lse = lse_lines.index(stage).load(gl.SliceLayout(1, square))
-        s = warpgroup_mma_wait(1, deps=(s,))
+        if seed_ptr is None:
+            dp = warpgroup_mma(dout, v.permute((1, 0)), nothing, use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(1, deps=(s,))
+        else:
+            s = warpgroup_mma_wait(0, deps=(s,))
         p = gl.exp2(s * (scale * LOG2_E) - lse[:, None])
         if MASKED:
             p = gl.where(seen_of(sights.index(stage), square), p, 0.0)
-        weights.store(p.to(dtype))
+        if seed_ptr is not None:
+            start, _ = group_at(groups_ptr, item // H, TILE)
+            kept = is_kept(seed_ptr, start + place[:, None], start + others[None, :], item % H, dropout)
+            # What is dropped is told by its sign from here on: masks of their own would be too much for the registers.
+            p = gl.where(kept, p, -p)
+            weights.store(gl.maximum(p, 0.0).to(dtype))
+            dp = warpgroup_mma(dout, v.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        else:
+            weights.store(p.to(dtype))
         fence_async_shared()
         nothing = gl.zeros([TILE, D], gl.float32, narrow)
         dv = warpgroup_mma(weights.permute((1, 0)), dout, nothing, use_acc=False, is_async=True)
         dp = warpgroup_mma_wait(1, deps=(dp,))
+        if seed_ptr is not None:
+            dp = gl.where(p > 0, dp * more, 0.0)
+            p = gl.abs(p)
         delta = gl.sum(p * dp, 1)
         ds = (p * (dp - delta[:, None])).to(dtype)
         dv = warpgroup_mma_wait(0, deps=(dv,))
@@ -262,6 +300,8 @@ def _multiply_backward(groups_ptr, tiles, weights, lse_lines, sights, barriers, 
         ds = gl.convert_layout(ds, gl.DotOperandLayout(0, narrow, 2))
         dq = warpgroup_mma(ds, k, nothing, use_acc=False, is_async=True)
         dk = warpgroup_mma(weights.permute((1, 0)), q, nothing, use_acc=False, is_async=True)
+        if seed_ptr is not None:
+            dv *= more
         v.store(dv.to(dtype))
         dq, dk = warpgroup_mma_wait(0, deps=(dq, dk))
         q.store((dq * scale).to(dtype))
@@ -277,11 +317,13 @@ def backward_tile_hopper(
     groups_ptr,  # (1 + groups, 2) or None
     bounds_ptr,  # (2, T) or None
     angles_ptr,  # (TILE, D), cos and sin side by side, by position, or None
+    seed_ptr,  # (1,) or None
     dqkv_ptr,  # (T, 3, H, D)
     T,
     count,  # of groups, where groups_ptr is None
     window,
     scale,
+    dropout,
     H: gl.constexpr,
     D: gl.constexpr,
     TILE: gl.constexpr,
@@ -315,7 +357,23 @@ def backward_tile_hopper(
     if PREPARED:
         gl.warp_specialize(
             [
-                (_multiply_backward, (groups_ptr, tiles, weights, lse_lines, sights, barriers, turns, scale, PREPARED)),
+                (
+                    _multiply_backward,
+                    (
+                        groups_ptr,
+                        seed_ptr,
+                        tiles,
+                        weights,
+                        lse_lines,
+                        sights,
+                        barriers,
+                        turns,
+                        scale,
+                        dropout,
+                        H,
+                        PREPARED,
+                    ),
+                ),
                 (prepare, (groups_ptr, bounds_ptr, angles_ptr, tiles, notes, barriers, turns, T, window, H, WINDOWED)),
                 (
                     _move_backward,
@@ -328,7 +386,23 @@ def backward_tile_hopper(
     else:
         gl.warp_specialize(
             [
-                (_multiply_backward, (groups_ptr, tiles, weights, lse_lines, sights, barriers, turns, scale, PREPARED)),
+                (
+                    _multiply_backward,
+                    (
+                        groups_ptr,
+                        seed_ptr,
+                        tiles,
+                        weights,
+                        lse_lines,
+                        sights,
+                        barriers,
+                        turns,
+                        scale,
+                        dropout,
+                        H,
+                        PREPARED,
+                    ),
+                ),
                 (
                     _move_backward,
                     (data, groups_ptr, angles_ptr, tiles, lse_lines, positions, barriers, turns, T, H),

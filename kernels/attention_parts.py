@@ -214,8 +214,26 @@ def range_of(first, length, window, BLOCK: tl.constexpr, WINDOWED: tl.constexpr)
 
 
 @triton.jit
+def _mix(x):
+    """SplitMix's mixing of 32 bits: of numbers that follow one another it makes unrelated ones, the high half above
+    all."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    return (x ^ (x >> 15)) * 0x846CA68B
+
+
+@triton.jit
+def is_kept(seed_ptr, query, key, head, dropout):
+    """Whether the weight of `key` for `query` is kept; operands broadcast. The tokens' numbers in the batch decide, so
+    that it does not matter which kernel asks, or in which order."""
+    # Philox begins a generator for each head, from which each query splits off its own, for its keys to draw from:
+    # SplitMix, for a number from Philox for each weight would take longer than all else.
+    a, b, c, d = tl.philox(tl.load(seed_ptr), head, 0, 0, 0)
+    start, step = _mix(a + query.to(tl.uint32) * (b | 1)), _mix(c + query.to(tl.uint32) * (d | 1))
+    start, step = start ^ (start >> 16), step ^ (step >> 16) | 1
+    return _mix(start + key.to(tl.uint32) * step) >= tl.cast(dropout * 4294967296.0, tl.uint32)
+
+
+@triton.jit
 def kept_of(seed_ptr, query, key, head, dropout):
-    """1 / (1 - dropout) where the weight of `key` for `query` is kept, else 0. The tokens' numbers in the batch decide,
-    so that it does not matter which kernel asks, or in which order."""
-    bits, _, _, _ = tl.philox(tl.load(seed_ptr), query, key, head, 0)
-    return tl.where(tl.uint_to_uniform_float(bits) >= dropout, 1.0 / (1.0 - dropout), 0.0)
+    """1 / (1 - dropout) where the weight of `key` for `query` is kept, else 0."""
+    return tl.where(is_kept(seed_ptr, query, key, head, dropout), 1.0 / (1.0 - dropout), 0.0)

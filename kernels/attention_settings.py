@@ -70,7 +70,7 @@ def tile_for(head_size: int, longest: int, rotary: bool, dropout: bool, capabili
     blocks serve better: past 128 tokens, and where a tile is too much for registers or shared memory."""
     if head_size <= 64 and longest <= 64 and not ((rotary or dropout) and capability >= 120):
         return 64
-    return 128 if head_size <= 64 and longest <= 128 and not dropout and 90 <= capability < 100 else 0
+    return 128 if head_size <= 64 and longest <= 128 and 90 <= capability < 100 else 0
 
 
 def setting_for(tile: int, head_size: int, masked: bool, rotary: bool, capability: int, native: bool = True) -> Setting:
@@ -101,7 +101,7 @@ def ring_launch_for(
     constants |= {"PREPARERS": ring.preparers, "PREPARERS_REGISTERS": ring.preparers_registers}
     constants |= {"MOVERS": ring.movers, "MOVERS_REGISTERS": ring.movers_registers}
     tokens = "i32" if torch.int32 in tensors else "i32:16"  # as in `launch_for`
-    return Launch(kernel, tensors, (tokens, "i32", "i32", "fp32"), constants, num_warps=8)
+    return Launch(kernel, tensors, (tokens, "i32", "i32", "fp32", "fp32"), constants, num_warps=8)
 
 
 @functools.lru_cache
@@ -126,7 +126,7 @@ def _launches(dtype, capability):
     with_dropout = (True, False, True)
     cases = {
         (64, 64): [*every, with_dropout],
-        **({(32, 128): every, (64, 128): every} if capability == 90 else {}),
+        **({(32, 128): every, (64, 128): [*every, with_dropout]} if capability == 90 else {}),
         (64, 512): [*every, with_dropout],
         (128, 512): [(True, True, False)],
     }
@@ -145,9 +145,9 @@ def _pass(dtype, head_size, longest, masked, rotary, dropout, capability):
     f32, seed = torch.float32, torch.int64 if dropout else None
     groups, angles = (torch.int32 if masked else None,) * 2, torch.float16 if rotary else None
     if isinstance(setting.forward, Ring):
-        tensors = (dtype, *groups, angles, dtype, f32)
+        tensors = (dtype, *groups, angles, seed, dtype, f32)
         yield ring_launch_for(False, setting.forward, tensors, 12, head_size, tile, False)
-        tensors = (dtype, dtype, f32, *groups, angles, dtype)
+        tensors = (dtype, dtype, f32, *groups, angles, seed, dtype)
         yield ring_launch_for(True, setting.backward, tensors, 12, head_size, tile, False)
         return
     if tile:

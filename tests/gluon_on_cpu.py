@@ -13,7 +13,7 @@ import types
 import torch
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier as real_mbarrier
 
-from cramfast.kernels import language
+from cramfast.kernels import attention_parts, language
 
 DEADLOCK_SECONDS = 20
 UINT32 = object()
@@ -149,10 +149,13 @@ class Language:
         return torch.where(condition, x, y)
 
     def maximum(self, x, y):
-        return torch.maximum(x, torch.as_tensor(y))
+        return torch.maximum(x, torch.as_tensor(y, dtype=x.dtype))
 
     def minimum(self, x, y):
-        return torch.minimum(x, torch.as_tensor(y))
+        return torch.minimum(x, torch.as_tensor(y, dtype=x.dtype))
+
+    def abs(self, x):
+        return x.abs()
 
     def exp2(self, x):
         return torch.exp2(x)
@@ -235,6 +238,12 @@ def _translation(thing, replaced, done):
     return getattr(thing, "value", thing)
 
 
+def is_kept(seed, query, key, head, dropout):
+    """In place of that of the kernels, which needs 32-bit arithmetic: as arbitrary, and to be had in a test too."""
+    number = (query * 7919 + key * 104729 + head * 1299709).long() % 1009
+    return number.as_subclass(torch.Tensor) >= 1009 * dropout
+
+
 def run(kernel, programs: int, *arguments, num_warps: int = 8, **constants) -> None:
     """As `kernel[(programs,)](*arguments, num_warps=num_warps, **constants)`, with tensors on the CPU."""
     arguments = [Pointer(x.view(-1)) if isinstance(x, torch.Tensor) else x for x in arguments]
@@ -257,6 +266,7 @@ def run(kernel, programs: int, *arguments, num_warps: int = 8, **constants) -> N
             id(language.mbarrier): barriers,
             id(language.async_copy): copies,
             id(language.fence_async_shared): lambda: None,
+            id(attention_parts.is_kept): is_kept,
             id(language.warpgroup_mma): _product,
             id(language.warpgroup_mma_wait): lambda pending, deps: deps[0] if len(deps) == 1 else deps,
         }

@@ -29,8 +29,10 @@ SEED = 5
 PATHS = {
     "tiles": (64, 64),
     "tiles with masks": (64, 20, 0, 40),
-    "blocks": (128,),
-    "blocks with masks": (70, 20, 40),
+    "large tiles": (128,),
+    "large tiles with masks": (70, 20, 40),
+    "blocks": (192,),
+    "blocks with masks": (150, 20),
 }
 paths = pytest.mark.parametrize("path", PATHS)
 

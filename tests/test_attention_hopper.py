@@ -4,7 +4,7 @@ capability 9.0 all tests of attention run them as they are."""
 import pytest
 import torch
 import torch.nn.functional as F
-from gluon_on_cpu import run
+from gluon_on_cpu import is_kept, run
 
 from cramfast.kernels import varlen_attention_reference
 from cramfast.kernels.attention_hopper import backward_tile_hopper, forward_tile_hopper
@@ -19,7 +19,7 @@ RING = {"STAGES": 3, "PREPARERS": 4, "PREPARERS_REGISTERS": 64, "MOVERS": 4, "MO
 EQUAL, RAGGED = (128,) * 4, (1, 17, 63, 64, 100, 127, 128, 3, 3, 3, 90, 20)
 
 
-def attention(qkv, dout, lengths, size, programs, window=None, turned=False, preparers=4):
+def attention(qkv, dout, lengths, size, programs, window=None, turned=False, dropout=0.0, preparers=4):
     """(out, lse, dqkv) by the kernels."""
     total, masked = qkv.shape[0], not (set(lengths) == {TILE} and window is None)
     cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
@@ -30,12 +30,13 @@ def attention(qkv, dout, lengths, size, programs, window=None, turned=False, pre
     if turned:
         angles = token_angles(*rotary_tables(TILE, size, 10_000.0), None, TILE)
     constants = RING | {"H": HEADS, "D": size, "TILE": TILE, "WINDOWED": window is not None, "PREPARERS": preparers}
-    scalars = (total, count, -1 if window is None else window, size**-0.5)
+    scalars = (total, count, -1 if window is None else window, size**-0.5, dropout)
+    seed = torch.tensor([1]) if dropout else None
     out, lse, dqkv = torch.empty_like(dout), torch.empty(HEADS, total), torch.empty_like(qkv)
     for result in (out, lse, dqkv):
         result.fill_(float("nan"))
-    run(forward_tile_hopper, programs, qkv, groups, bounds, angles, out, lse, *scalars, **constants)
-    run(backward_tile_hopper, programs, dout, qkv, lse, groups, bounds, angles, dqkv, *scalars, **constants)
+    run(forward_tile_hopper, programs, qkv, groups, bounds, angles, seed, out, lse, *scalars, **constants)
+    run(backward_tile_hopper, programs, dout, qkv, lse, groups, bounds, angles, seed, dqkv, *scalars, **constants)
     return out, lse, dqkv
 
 
@@ -87,6 +88,29 @@ def test_who_does_the_work_does_not_matter(lengths, turned):
         others = attention(qkv, dout, lengths, 64, programs=programs, turned=turned, preparers=preparers)
         for found, expected in zip(others, first, strict=True):
             assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("lengths", [EQUAL, RAGGED], ids=["full", "ragged"])
+def test_both_passes_leave_out_the_same_weights(lengths):
+    dropout = 0.3
+    qkv, dout = torch.randn(sum(lengths), 3, HEADS, 64).bfloat16(), torch.randn(sum(lengths), HEADS, 64).bfloat16()
+    out, _, dqkv = attention(qkv, dout, lengths, 64, programs=3, dropout=dropout)
+
+    def of_dtype(dtype):
+        leaf, outputs, first = qkv.detach().to(dtype).requires_grad_(), [], 0
+        for part in leaf.split(lengths):
+            token = first + torch.arange(len(part))
+            q, k, v = part.permute(1, 2, 0, 3)
+            kept = [is_kept(None, token[:, None], token[None, :], head, dropout) for head in range(HEADS)]
+            p = (q @ k.mT * 64**-0.5).softmax(-1) * torch.stack(kept) / (1 - dropout)
+            outputs.append((p.to(dtype) @ v).transpose(0, 1))
+            first += len(part)
+        result = torch.cat(outputs)
+        result.backward(dout.to(dtype))
+        return result.detach(), leaf.grad
+
+    for found, torchs, expected in zip((out, dqkv), of_dtype(torch.bfloat16), of_dtype(torch.float64), strict=True):
+        assert (found - expected).norm() <= 2 * (torchs - expected).norm()
 
 
 def test_a_sequence_that_is_no_number_leaves_other_groups_alone():

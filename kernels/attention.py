@@ -90,9 +90,10 @@ _remembered_tile = functools.lru_cache(_tile)
 _remembered_capability = functools.lru_cache(capability_of)
 
 
-def _setting(qkv, groups, angles, tile) -> Setting:
+def _setting(qkv, groups, angles, seed, tile) -> Setting:
     capability, native = _remembered_capability(qkv.device), qkv.device.type == "cuda"
-    return setting_for(tile, int(qkv.shape[-1]), groups is not None, angles is not None, capability, native)
+    options = groups is not None, angles is not None, seed is not None
+    return setting_for(tile, int(qkv.shape[-1]), *options, capability, native)
 
 
 def _run(kernel, tuning, tensors, qkv, groups, tile, longest, scale, window, dropout):
@@ -124,7 +125,7 @@ def attention_forward(qkv, groups, bounds, angles, seed, tile, longest, scale, w
         qkv = turned = turn_packed(qkv, angles)
     total, _, heads, head_size = qkv.shape
     out, lse = qkv.new_empty(total, heads, head_size), qkv.new_empty(heads, total, dtype=torch.float32)
-    setting, rest = _setting(qkv, groups, angles, tile), (qkv, groups, tile, longest, scale, window, dropout)
+    setting, rest = _setting(qkv, groups, angles, seed, tile), (qkv, groups, tile, longest, scale, window, dropout)
     if isinstance(setting.forward, Ring):
         tensors = (aligned(qkv), groups, bounds, angles, seed, out, lse)
         _run_ring(False, setting.forward, tensors, qkv, groups, tile, scale, window, dropout)
@@ -138,7 +139,7 @@ def attention_forward(qkv, groups, bounds, angles, seed, tile, longest, scale, w
 def attention_backward(dout, qkv, out, lse, groups, bounds, angles, seed, tile, longest, scale, window, dropout):
     dout, qkv = contiguous(dout, qkv)
     dqkv = torch.empty_like(qkv)
-    setting, rest = _setting(qkv, groups, angles, tile), (qkv, groups, tile, longest, scale, window, dropout)
+    setting, rest = _setting(qkv, groups, angles, seed, tile), (qkv, groups, tile, longest, scale, window, dropout)
     if isinstance(setting.backward, Ring):
         tensors = (aligned(dout), aligned(qkv), lse, groups, bounds, angles, seed, dqkv)
         _run_ring(True, setting.backward, tensors, qkv, groups, tile, scale, window, dropout)

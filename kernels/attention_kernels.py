@@ -20,7 +20,7 @@ Symbols in comments: T tokens of the batch, H heads, D head size.
 from .attention_parts import (
     block_of,
     group_at,
-    kept_of,
+    is_kept,
     load_matrix,
     load_turned,
     load_vector,
@@ -81,9 +81,11 @@ def forward_tile(
         m = tl.max(s, 1) * (scale * LOG2_E)
         p = tl.exp2(s * (scale * LOG2_E) - m[:, None])
         total = tl.sum(p, 1)
+        share = 1.0 / total
         if seed_ptr is not None:
-            p *= kept_of(seed_ptr, start + place[:, None], start + place[None, :], head, dropout)
-        out = tl.dot(p.to(v.dtype), v) / total[:, None]
+            p = tl.where(is_kept(seed_ptr, start + place[:, None], start + place[None, :], head, dropout), p, 0.0)
+            share /= 1.0 - dropout
+        out = tl.dot(p.to(v.dtype), v) * share[:, None]
         store_matrix(out_ptr + start.to(tl.int64) * (H * D) + head * D, out, place, valid, H * D, D, WIDTH, MASKED)
         store_vector(lse_ptr + head.to(tl.int64) * T + start, m + tl.log2(total), place, valid, MASKED)
 
@@ -136,10 +138,12 @@ def backward_tile(
         dp = tl.dot(do, tl.trans(v))
         dropped = p
         if seed_ptr is not None:
-            kept = kept_of(seed_ptr, start + place[:, None], start + place[None, :], head, dropout)
-            dropped = p * kept
-            dp *= kept
+            kept = is_kept(seed_ptr, start + place[:, None], start + place[None, :], head, dropout)
+            dropped = tl.where(kept, p, 0.0)
+            dp = tl.where(kept, dp * (1.0 / (1.0 - dropout)), 0.0)
         dv = tl.dot(tl.trans(dropped.to(q.dtype)), do)
+        if seed_ptr is not None:
+            dv *= 1.0 / (1.0 - dropout)
         store_matrix(dqkv + 2 * H * D, dv, place, valid, ROW, D, WIDTH, MASKED)
         delta = tl.sum(p * dp, 1)
         ds = (p * (dp - delta[:, None])).to(q.dtype)
@@ -206,10 +210,13 @@ def forward_blocks(
             p = tl.exp2(s * (scale * LOG2_E) - base[:, None])
             total = total * rescale + tl.sum(p, 1)
             if seed_ptr is not None:
-                p *= kept_of(seed_ptr, start + place[:, None], start + key[None, :], head, dropout)
+                p = tl.where(is_kept(seed_ptr, start + place[:, None], start + key[None, :], head, dropout), p, 0.0)
             out = tl.dot(p.to(v.dtype), v, out * rescale[:, None])
             m = m_new
-        out /= total[:, None]
+        share = 1.0 / total
+        if seed_ptr is not None:
+            share /= 1.0 - dropout
+        out *= share[:, None]
         token = start.to(tl.int64) + first
         store_matrix(out_ptr + token * (H * D) + head * D, out, rows, valid, H * D, D, WIDTH, MASKED)
         store_vector(lse_ptr + head.to(tl.int64) * T + token, m + tl.log2(total), rows, valid, MASKED)
@@ -272,7 +279,8 @@ def backward_queries(
             if MASKED:
                 p = tl.where(seen_by(low[:, None], size[:, None], key[None, :]), p, 0.0)
             if seed_ptr is not None:
-                dp *= kept_of(seed_ptr, start + place[:, None], start + key[None, :], head, dropout)
+                kept = is_kept(seed_ptr, start + place[:, None], start + key[None, :], head, dropout)
+                dp = tl.where(kept, dp * (1.0 / (1.0 - dropout)), 0.0)
             dq = tl.dot((p * (dp - delta[:, None])).to(q.dtype), k, dq)
         dq *= scale
         angles = angles_ptr
@@ -341,12 +349,14 @@ def backward_keys(
                 p = tl.where(seen_by(low[:, None], size[:, None], query[None, :]), p, 0.0)
             dropped = p
             if seed_ptr is not None:
-                kept = kept_of(seed_ptr, start + query[None, :], start + place[:, None], head, dropout)
-                dropped = p * kept
-                dp *= kept
+                kept = is_kept(seed_ptr, start + query[None, :], start + place[:, None], head, dropout)
+                dropped = tl.where(kept, p, 0.0)
+                dp = tl.where(kept, dp * (1.0 / (1.0 - dropout)), 0.0)
             dv = tl.dot(dropped.to(q.dtype), do, dv)
             dk = tl.dot((p * (dp - delta[None, :])).to(q.dtype), q, dk)
         dk *= scale
+        if seed_ptr is not None:
+            dv *= 1.0 / (1.0 - dropout)
         token = start_long + first
         angles = angles_ptr
         if TURNED:

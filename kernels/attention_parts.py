@@ -231,9 +231,3 @@ def is_kept(seed_ptr, query, key, head, dropout):
     start, step = _mix(a + query.to(tl.uint32) * (b | 1)), _mix(c + query.to(tl.uint32) * (d | 1))
     start, step = start ^ (start >> 16), step ^ (step >> 16) | 1
     return _mix(start + key.to(tl.uint32) * step) >= tl.cast(dropout * 4294967296.0, tl.uint32)
-
-
-@triton.jit
-def kept_of(seed_ptr, query, key, head, dropout):
-    """1 / (1 - dropout) where the weight of `key` for `query` is kept, else 0."""
-    return tl.where(is_kept(seed_ptr, query, key, head, dropout), 1.0 / (1.0 - dropout), 0.0)

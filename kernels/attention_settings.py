@@ -63,6 +63,7 @@ _BLOCKS = Setting(Tuning(4, 3), Tuning(4, 3, step=32), Tuning(4, 4, step=32))
 _WIDE_BLOCKS = Setting(Tuning(8, 2), Tuning(8, 2), Tuning(8, 2, step=32))
 _WIDE_BLOCKS_OF_120 = Setting(Tuning(8, 2), Tuning(8, 1), Tuning(8, 2, step=32))
 _BLOCKS_BEFORE_HOPPER = Setting(Tuning(4, 2), Tuning(4, 2), Tuning(4, 2, step=32))
+_DROPPING_BLOCKS_BEFORE_HOPPER = Setting(Tuning(4, 2), Tuning(4, 2, step=32), Tuning(4, 2, step=32))
 
 
 def tile_for(head_size: int, longest: int, rotary: bool, dropout: bool, capability: int) -> int:
@@ -73,7 +74,9 @@ def tile_for(head_size: int, longest: int, rotary: bool, dropout: bool, capabili
     return 128 if head_size <= 64 and longest <= 128 and 90 <= capability < 100 else 0
 
 
-def setting_for(tile: int, head_size: int, masked: bool, rotary: bool, capability: int, native: bool = True) -> Setting:
+def setting_for(
+    tile: int, head_size: int, masked: bool, rotary: bool, dropout: bool, capability: int, native: bool = True
+) -> Setting:
     """What runs on cards of `capability` for groups of this tile, see `tile_for`. native: on the card itself; the
     interpreter does not know Gluon."""
     if tile == 128 and native:
@@ -88,7 +91,7 @@ def setting_for(tile: int, head_size: int, masked: bool, rotary: bool, capabilit
         return _WIDE_BLOCKS if capability < 120 else _WIDE_BLOCKS_OF_120
     if 90 <= capability < 120:
         return _BLOCKS if masked else _DENSE_BLOCKS
-    return _BLOCKS_BEFORE_HOPPER
+    return _DROPPING_BLOCKS_BEFORE_HOPPER if dropout else _BLOCKS_BEFORE_HOPPER
 
 
 @functools.lru_cache
@@ -141,7 +144,7 @@ def _launches(dtype, capability):
 def _pass(dtype, head_size, longest, masked, rotary, dropout, capability):
     """The kernels of a forward and a backward pass of a model with 12 heads."""
     tile = tile_for(head_size, longest, rotary, dropout, capability)
-    setting = setting_for(tile, head_size, masked, rotary, capability)
+    setting = setting_for(tile, head_size, masked, rotary, dropout, capability)
     f32, seed = torch.float32, torch.int64 if dropout else None
     groups, angles = (torch.int32 if masked else None,) * 2, torch.float16 if rotary else None
     if isinstance(setting.forward, Ring):

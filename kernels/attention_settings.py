@@ -7,7 +7,7 @@ import torch
 
 from .attention_hopper import backward_tile_hopper, forward_tile_hopper
 from .attention_kernels import backward_keys, backward_queries, backward_tile, forward_blocks, forward_tile
-from .language import triton
+from .language import GLUON_AVAILABLE, triton
 from .launch import Launch, catalogue
 
 HEAD_SIZES, LONGEST = (32, 64, 96, 128), 512
@@ -71,7 +71,7 @@ def tile_for(head_size: int, longest: int, rotary: bool, dropout: bool, capabili
     blocks serve better: past 128 tokens, and where a tile is too much for registers or shared memory."""
     if head_size <= 64 and longest <= 64 and not ((rotary or dropout) and capability >= 120):
         return 64
-    return 128 if head_size <= 64 and longest <= 128 and 90 <= capability < 100 else 0
+    return 128 if GLUON_AVAILABLE and head_size <= 64 and longest <= 128 and 90 <= capability < 100 else 0
 
 
 def setting_for(

@@ -233,3 +233,21 @@ def test_without_triton_the_references_work():
         "assert reasons == {'triton is not installed'}, reasons",
         cwd=ROOT,
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("missing", ["triton.experimental.gluon", "triton.experimental.gluon.language.nvidia.hopper"])
+def test_without_gluon_the_other_kernels_work(missing):
+    """Gluon is experimental: a later Triton may have another, or none."""
+    run(
+        sys.executable,
+        "-c",
+        "import sys\n"
+        f"sys.modules['{missing}'] = None\n"
+        "import torch\n"
+        "from cramfast.kernels import attention_settings, every_launch\n"
+        "assert attention_settings.tile_for(64, 128, False, False, 90) == 0\n"
+        "names = {launch.kernel.__name__ for launch in every_launch(torch.bfloat16, 90)}\n"
+        "assert 'forward_blocks' in names and not any('hopper' in name for name in names), names",
+        cwd=ROOT,
+    )

@@ -60,6 +60,7 @@ _TURNED_MASKED_RING = Setting(Ring(3, 8, 56, 4, 64), Ring(3, 4, 72, 4, 72))
 _TURNED_MASKED_RING_OF_32 = Setting(Ring(3, 4, 72, 4, 64), Ring(3, 4, 72, 4, 72))
 _DENSE_BLOCKS = Setting(Tuning(4, 3), Tuning(4, 3), Tuning(4, 3, registers=128, step=32))
 _BLOCKS = Setting(Tuning(4, 3), Tuning(4, 3, step=32), Tuning(4, 4, step=32))
+_DROPPING_BLOCKS = Setting(Tuning(4, 3), Tuning(4, 3, step=32), Tuning(4, 3, step=32))
 _WIDE_BLOCKS = Setting(Tuning(8, 2), Tuning(8, 2), Tuning(8, 2, step=32))
 _WIDE_BLOCKS_OF_120 = Setting(Tuning(8, 2), Tuning(8, 1), Tuning(8, 2, step=32))
 _BLOCKS_BEFORE_HOPPER = Setting(Tuning(4, 2), Tuning(4, 2), Tuning(4, 2, step=32))
@@ -90,7 +91,7 @@ def setting_for(
     if head_size > 64:
         return _WIDE_BLOCKS if capability < 120 else _WIDE_BLOCKS_OF_120
     if 90 <= capability < 120:
-        return _BLOCKS if masked else _DENSE_BLOCKS
+        return _DENSE_BLOCKS if not masked else _DROPPING_BLOCKS if dropout else _BLOCKS
     return _DROPPING_BLOCKS_BEFORE_HOPPER if dropout else _BLOCKS_BEFORE_HOPPER
 
 

@@ -35,7 +35,6 @@ from .attention_settings import (
     Ring,
     Setting,
     launch_for,
-    ring_launch_for,
     setting_for,
     tile_for,
 )
@@ -99,6 +98,8 @@ def _setting(qkv, groups, angles, seed, tile) -> Setting:
 def _run(kernel, tuning, tensors, qkv, groups, tile, longest, scale, window, dropout):
     """Run `kernel` over `tensors` with a program for each piece of work, or as many as stay on the GPU."""
     total, _, heads, head_size = qkv.shape
+    if isinstance(tuning, Ring):
+        tensors = tuple(map(aligned, tensors))
     dtypes = tuple(map(dtype_of, tensors))
     launch = launch_for(kernel, tuning, dtypes, int(heads), int(head_size), tile, window >= 0)
     count = total // longest if groups is None else groups.shape[0] - 1
@@ -106,16 +107,6 @@ def _run(kernel, tuning, tensors, qkv, groups, tile, longest, scale, window, dro
     if tuning.programs and qkv.device.type == "cuda":
         programs = min(programs, multiprocessors(qkv.device) * tuning.programs)
     launch(programs, *tensors, total, count if tile else longest, window, scale, dropout)
-
-
-def _run_ring(backward, ring, tensors, qkv, groups, tile, scale, window, dropout):
-    """Run a kernel of `attention_hopper.py` over `tensors`, a program on each multiprocessor."""
-    total, _, heads, head_size = qkv.shape
-    dtypes = tuple(map(dtype_of, tensors))
-    launch = ring_launch_for(backward, ring, dtypes, int(heads), int(head_size), tile, window >= 0)
-    count = total // tile if groups is None else groups.shape[0] - 1
-    programs = min(count * heads, multiprocessors(qkv.device))
-    launch(programs, *tensors, total, count, window, scale, dropout)
 
 
 def attention_forward(qkv, groups, bounds, angles, seed, tile, longest, scale, window, dropout):
@@ -126,10 +117,7 @@ def attention_forward(qkv, groups, bounds, angles, seed, tile, longest, scale, w
     total, _, heads, head_size = qkv.shape
     out, lse = qkv.new_empty(total, heads, head_size), qkv.new_empty(heads, total, dtype=torch.float32)
     setting, rest = _setting(qkv, groups, angles, seed, tile), (qkv, groups, tile, longest, scale, window, dropout)
-    if isinstance(setting.forward, Ring):
-        tensors = (aligned(qkv), groups, bounds, angles, seed, out, lse)
-        _run_ring(False, setting.forward, tensors, qkv, groups, tile, scale, window, dropout)
-    elif tile:
+    if tile:
         _run(forward_tile, setting.forward, (qkv, groups, bounds, angles, seed, out, lse), *rest)
     else:
         _run(forward_blocks, setting.forward, (qkv, groups, bounds, seed, out, lse), *rest)
@@ -140,10 +128,7 @@ def attention_backward(dout, qkv, out, lse, groups, bounds, angles, seed, tile, 
     dout, qkv = contiguous(dout, qkv)
     dqkv = torch.empty_like(qkv)
     setting, rest = _setting(qkv, groups, angles, seed, tile), (qkv, groups, tile, longest, scale, window, dropout)
-    if isinstance(setting.backward, Ring):
-        tensors = (aligned(dout), aligned(qkv), lse, groups, bounds, angles, seed, dqkv)
-        _run_ring(True, setting.backward, tensors, qkv, groups, tile, scale, window, dropout)
-    elif tile:
+    if tile:
         _run(backward_tile, setting.backward, (dout, qkv, lse, groups, bounds, angles, seed, dqkv), *rest)
     else:
         delta, options = torch.empty_like(lse), (groups, bounds, angles, seed)

@@ -32,13 +32,14 @@ class Tuning:
 @dataclass(frozen=True)
 class Ring:
     """For a kernel of `attention_hopper.py`: stages, and how many warps prepare and move tiles, beside the eight that
-    multiply, with how many registers a thread."""
+    multiply, with how many registers a thread; `programs` as in `Tuning`."""
 
     stages: int
     preparers: int
     preparers_registers: int
     movers: int
     movers_registers: int
+    programs: int = 1
 
 
 @dataclass(frozen=True)
@@ -96,26 +97,22 @@ def setting_for(
 
 
 @functools.lru_cache
-def ring_launch_for(
-    backward: bool, ring: Ring, tensors: tuple, heads: int, head_size: int, tile: int, windowed: bool
+def launch_for(
+    kernel, tuning: Tuning | Ring, tensors: tuple, heads: int, head_size: int, tile: int, windowed: bool
 ) -> Launch:
-    """One of the two kernels of `attention_hopper.py` for `tensors`, a dtype for each of its pointers."""
-    kernel = backward_tile_hopper if backward else forward_tile_hopper
-    constants = {"H": heads, "D": head_size, "TILE": tile, "STAGES": ring.stages, "WINDOWED": windowed}
-    constants |= {"PREPARERS": ring.preparers, "PREPARERS_REGISTERS": ring.preparers_registers}
-    constants |= {"MOVERS": ring.movers, "MOVERS_REGISTERS": ring.movers_registers}
-    tokens = "i32" if torch.int32 in tensors else "i32:16"  # as in `launch_for`
-    return Launch(kernel, tensors, (tokens, "i32", "i32", "fp32", "fp32"), constants, num_warps=8)
-
-
-@functools.lru_cache
-def launch_for(kernel, tuning: Tuning, tensors: tuple, heads: int, head_size: int, tile: int, windowed: bool) -> Launch:
-    """One of the kernels for `tensors`, a dtype for each of its pointers, in tiles, or blocks where `tile` is 0."""
-    constants = {"H": heads, "D": head_size, "WIDTH": triton.next_power_of_2(head_size)}
+    """One of the kernels for `tensors`, a dtype for each of its pointers, in tiles, or blocks where `tile` is 0. With a
+    ring, that of `attention_hopper.py` which does the same."""
     # Without masks, sequences fill tiles or blocks: their tokens, and those of all together, are a multiple of 16.
     tokens = "i32" if torch.int32 in tensors else "i32:16"
     scalars = (tokens, "i32" if tile else tokens, "i32", "fp32", "fp32")
-    constants["TILE" if tile else "BLOCK"] = tile or BLOCK
+    constants, size = {"H": heads, "D": head_size}, {"TILE" if tile else "BLOCK": tile or BLOCK}
+    if isinstance(tuning, Ring):
+        kernel = forward_tile_hopper if kernel is forward_tile else backward_tile_hopper
+        constants |= size | {"STAGES": tuning.stages, "WINDOWED": windowed}
+        constants |= {"PREPARERS": tuning.preparers, "PREPARERS_REGISTERS": tuning.preparers_registers}
+        constants |= {"MOVERS": tuning.movers, "MOVERS_REGISTERS": tuning.movers_registers}
+        return Launch(kernel, tensors, scalars, constants, num_warps=8)
+    constants |= {"WIDTH": triton.next_power_of_2(head_size)} | size
     if not tile:
         constants["STEP"] = tuning.step
     constants |= {"STAGES": tuning.num_stages, "WINDOWED": windowed}
@@ -148,12 +145,6 @@ def _pass(dtype, head_size, longest, masked, rotary, dropout, capability):
     setting = setting_for(tile, head_size, masked, rotary, dropout, capability)
     f32, seed = torch.float32, torch.int64 if dropout else None
     groups, angles = (torch.int32 if masked else None,) * 2, torch.float16 if rotary else None
-    if isinstance(setting.forward, Ring):
-        tensors = (dtype, *groups, angles, seed, dtype, f32)
-        yield ring_launch_for(False, setting.forward, tensors, 12, head_size, tile, False)
-        tensors = (dtype, dtype, f32, *groups, angles, seed, dtype)
-        yield ring_launch_for(True, setting.backward, tensors, 12, head_size, tile, False)
-        return
     if tile:
         options = (*groups, angles, seed)
         kernels = [

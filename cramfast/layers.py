@@ -9,6 +9,7 @@ from torch import nn
 
 from .kernels import (
     add_layer_norm,
+    add_layer_norm_geglu_linear,
     add_layer_norm_linear,
     geglu,
     geglu_linear,
@@ -104,6 +105,22 @@ class FusedGEGLU(nn.Module):
     def then(self, following: FusedLinear, x: torch.Tensor, recompute: bool = False) -> torch.Tensor:
         """following(GEGLU(x)). recompute: GEGLU(x) is not saved."""
         return geglu_linear(x, following.weight, following.bias, self.approximate, recompute)
+
+    def between(
+        self,
+        norm: FusedAddLayerNorm,
+        wide: FusedLinear,
+        narrow: FusedLinear,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        recompute: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x, residual) → (narrow(GEGLU(wide(norm(x + residual)))), x + residual). recompute: as in both `then`."""
+        if wide.bias is not None or narrow.bias is not None:
+            x, residual = norm.then(wide, x, residual, recompute)
+            return self.then(narrow, x, recompute), residual
+        parameters = (norm.weight, norm.bias, wide.weight, narrow.weight)
+        return add_layer_norm_geglu_linear(x, residual, *parameters, norm.eps, self.approximate, recompute)
 
 
 class UnpaddedSelfAttention(nn.Module):

@@ -95,12 +95,22 @@ class FeedForward(nn.Sequential):
             FusedLinear(config.intermediate_size, config.hidden_size, config.linear_bias),
         )
 
-    def finish(self, wide: torch.Tensor, recompute: bool) -> torch.Tensor:
-        """What follows the first product. recompute: GEGLU's output is not saved."""
-        _, activation, narrow = self
+    def forward(self, x: torch.Tensor, recompute: bool = False) -> torch.Tensor:
+        """recompute: GEGLU's output is not saved."""
+        wide, activation, narrow = self
         if isinstance(activation, FusedGEGLU):
-            return activation.then(narrow, wide, recompute)
-        return narrow(activation(wide))
+            return activation.then(narrow, wide(x), recompute)
+        return narrow(activation(wide(x)))
+
+    def after(
+        self, norm: FusedAddLayerNorm, x: torch.Tensor, residual: torch.Tensor, recompute: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x, residual) → (self(norm(x + residual)), x + residual). recompute: nor is the norm's."""
+        wide, activation, narrow = self
+        if isinstance(activation, FusedGEGLU):
+            return activation.between(norm, wide, narrow, x, residual, recompute)
+        x, residual = norm.then(wide, x, residual, recompute)
+        return narrow(activation(x)), residual
 
 
 class PreNormLayer(nn.Module):
@@ -126,8 +136,8 @@ class PreNormLayer(nn.Module):
         else:
             qkv, residual = self.attention_norm.then(self.attention.qkv, x, residual, recompute)
         x = _dropped(self.attention.attend(qkv, *sequences, rows=rows), self)
-        wide, residual = self.mlp_norm.then(self.mlp[0], x, only(residual, rows), recompute)
-        return _dropped(self.mlp.finish(wide, recompute), self), residual
+        x, residual = self.mlp.after(self.mlp_norm, x, only(residual, rows), recompute)
+        return _dropped(x, self), residual
 
 
 class PostNormLayer(nn.Module):
@@ -145,7 +155,7 @@ class PostNormLayer(nn.Module):
     def forward(self, x, residual, sequences, rows=None, recompute=False):
         attended = _dropped(self.attention(x, *sequences, rows=rows), self)
         x, _ = self.attention_norm(attended, only(x, rows))
-        x, _ = self.mlp_norm(_dropped(self.mlp.finish(self.mlp[0](x), recompute), self), x)
+        x, _ = self.mlp_norm(_dropped(self.mlp(x, recompute), self), x)
         return x, None
 
 

@@ -18,7 +18,7 @@ if __name__ == "cramfast.kernels":
     from .gelu import geglu, geglu_reference, gelu, gelu_reference
     from .launch import Launch, compiling_ahead, every_launch
     from .layer_norm import add_layer_norm, add_layer_norm_reference, layer_norm, layer_norm_reference
-    from .linear import add_layer_norm_linear, geglu_linear, linear
+    from .linear import add_layer_norm_geglu_linear, add_layer_norm_linear, geglu_linear, linear
     from .long_attention import choose_long
     from .mask_tokens import mask_tokens, mask_tokens_reference
     from .mlm_loss import mlm_loss, mlm_loss_reference, mlm_scores, mlm_scores_reference
@@ -43,6 +43,7 @@ if __name__ == "cramfast.kernels":
         "adamw_rates",
         "adamw_reference",
         "add_layer_norm",
+        "add_layer_norm_geglu_linear",
         "add_layer_norm_linear",
         "add_layer_norm_reference",
         "choose",

@@ -54,7 +54,7 @@ def _tail(z):
 
 
 @triton.jit
-def _phi(x, FORM: tl.constexpr):
+def phi_of(x, FORM: tl.constexpr):
     """(phi, 1 - phi), phi the factor that makes x into gelu(x). FORM: "erf", "tail" (erf for 16 bits), "tanh"."""
     if FORM == "erf":
         phi = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
@@ -72,7 +72,7 @@ def _phi(x, FORM: tl.constexpr):
 
 
 @triton.jit
-def _slope(x, phi, rest, FORM: tl.constexpr):
+def slope_of(x, phi, rest, FORM: tl.constexpr):
     """d gelu(x) / dx, given phi and 1 - phi of x."""
     if FORM == "tanh":  # d phi / dx = phi (1 - phi) * 2 du/dx
         return phi + x * phi * rest * (1.5957691216057308 + 0.21406444881780073 * x * x)
@@ -108,7 +108,7 @@ def _gelu_kernel(
     row, column, mask = _places(tl.program_id(0), rows, WIDTH, TILE, ROWS)
     place = row * WIDTH + column
     x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
-    phi, _ = _phi(x, FORM)
+    phi, _ = phi_of(x, FORM)
     tl.store(y_ptr + place, x * phi, mask=mask)
 
 
@@ -127,8 +127,8 @@ def _gelu_backward_kernel(
     place = row * WIDTH + column
     x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptr + place, mask=mask, other=0.0).to(tl.float32)
-    phi, rest = _phi(x, FORM)
-    tl.store(dx_ptr + place, dy * _slope(x, phi, rest, FORM), mask=mask)
+    phi, rest = phi_of(x, FORM)
+    tl.store(dx_ptr + place, dy * slope_of(x, phi, rest, FORM), mask=mask)
 
 
 @triton.jit
@@ -145,7 +145,7 @@ def _geglu_kernel(
     place = row * (2 * WIDTH) + column
     gate = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
     value = tl.load(x_ptr + place + WIDTH, mask=mask, other=0.0).to(tl.float32)
-    phi, _ = _phi(gate, FORM)
+    phi, _ = phi_of(gate, FORM)
     tl.store(y_ptr + row * WIDTH + column, gate * phi * value, mask=mask)
 
 
@@ -166,9 +166,9 @@ def _geglu_backward_kernel(
     gate = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
     value = tl.load(x_ptr + place + WIDTH, mask=mask, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptr + row * WIDTH + column, mask=mask, other=0.0).to(tl.float32)
-    phi, rest = _phi(gate, FORM)
+    phi, rest = phi_of(gate, FORM)
     activation = gate * phi
-    tl.store(dx_ptr + place, dy * value * _slope(gate, phi, rest, FORM), mask=mask)
+    tl.store(dx_ptr + place, dy * value * slope_of(gate, phi, rest, FORM), mask=mask)
     tl.store(dx_ptr + place + WIDTH, dy * activation, mask=mask)
     if y_ptr is not None:
         tl.store(y_ptr + row * WIDTH + column, activation * value, mask=mask)
@@ -187,7 +187,7 @@ def launch_for(kernel, tensors, width, dtype, approximate) -> Launch:
     tile = min(width & -width, elements)
     if tile < 64:
         tile = min(256, triton.next_power_of_2(width))
-    constants = {"WIDTH": width, "TILE": tile, "ROWS": elements // tile, "FORM": _form(dtype, approximate)}
+    constants = {"WIDTH": width, "TILE": tile, "ROWS": elements // tile, "FORM": form_of(dtype, approximate)}
     pointers = tuple(dtype if present else None for present in tensors)
     return Launch(kernel, pointers, ("i64",), constants, _NUM_WARPS)
 
@@ -201,7 +201,7 @@ def _launches(dtype, _capability):
         yield launch_for(_geglu_backward_kernel, (True,) * 4, 1536, dtype, approximate)
 
 
-def _form(dtype: torch.dtype, approximate: str) -> str:
+def form_of(dtype: torch.dtype, approximate: str) -> str:
     if approximate == "tanh":
         return "tanh"
     return "erf" if dtype == torch.float32 else "tail"

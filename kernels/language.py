@@ -35,6 +35,7 @@ try:
     from triton.experimental.gluon.language.nvidia.hopper import (
         fence_async_shared,
         mbarrier,
+        tma,
         warpgroup_mma,
         warpgroup_mma_wait,
     )
@@ -42,5 +43,5 @@ try:
     GLUON_AVAILABLE = True
 except ImportError:
     gluon = gl = GluonASTSource = async_copy = _Absent()
-    fence_async_shared = mbarrier = warpgroup_mma = warpgroup_mma_wait = _Absent()
+    fence_async_shared = mbarrier = tma = warpgroup_mma = warpgroup_mma_wait = _Absent()
     GLUON_AVAILABLE = False

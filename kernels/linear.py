@@ -7,13 +7,18 @@ and the backward pass, which reads that anyway, writes the product's input once 
 
     add_layer_norm_linear   s = x + residual, z = LN(s) Wᵀ        saves s and its statistics
     geglu_linear            z = GEGLU(u) Wᵀ                       saves u
+
+Where `geglu_product.py` serves, GEGLU is part of the products beside it: `add_layer_norm_geglu_linear` has it from the
+one before, and the gradient of the one after comes through it.
 """
 
 import torch
 import torch.nn.functional as F
 
+from .arguments import expect_choice
 from .dispatch import choose
-from .gelu import geglu, geglu_backward, geglu_forward
+from .geglu_product import product_and_geglu, product_and_geglu_backward, serves
+from .gelu import APPROXIMATIONS, geglu, geglu_backward, geglu_forward
 from .layer_norm import add_layer_norm, norm_backward, norm_forward
 from .main_grad import add_product, claim, collects
 
@@ -35,8 +40,8 @@ class _Linear(torch.autograd.Function):
 
 class _GegluLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, u, weight, bias, approximate, recompute):
-        (x,) = geglu_forward(u, approximate)
+    def forward(ctx, u, y, weight, bias, approximate, recompute):
+        x = geglu_forward(u, approximate)[0] if y is None else y
         ctx.save_for_backward(u, None if recompute else x)
         ctx.approximate = approximate
         _remember(ctx, weight, bias)
@@ -48,32 +53,40 @@ class _GegluLinear(torch.autograd.Function):
         dz = dz.contiguous()
         recompute = x is None
         # Nobody reads u after this, and its gradient is the largest tensor of a layer.
-        du, again = geglu_backward(dz @ ctx.weight, u, ctx.approximate, recompute, in_place=recompute)
+        options = (u, ctx.approximate, recompute, recompute)
+        if serves(dz, ctx.weight):
+            du, again = product_and_geglu_backward(dz, ctx.weight, *options)
+        else:
+            du, again = geglu_backward(dz @ ctx.weight, *options)
         if recompute:
             torch.autograd.graph.increment_version(u)
         _collect(ctx, dz, again if recompute else x)
-        return du, None, _bias_gradient(ctx, dz), None, None
+        return du, None, None, _bias_gradient(ctx, dz), None, None
 
 
 class _AddLayerNormLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, residual, norm_weight, norm_bias, weight, bias, eps, recompute):
+    def forward(ctx, x, residual, norm_weight, norm_bias, weight, bias, eps, recompute, approximate):
         y, s, statistics = norm_forward(x, residual, norm_weight, norm_bias, eps)
         ctx.save_for_backward(s, norm_weight, norm_bias, statistics, None if recompute else y)
         ctx.set_materialize_grads(False)
         _remember(ctx, weight, bias)
-        return _product(y, weight, bias), s
+        if approximate is None:
+            return _product(y, weight, bias), s, None
+        z, activation = product_and_geglu(y, weight, approximate)
+        ctx.mark_non_differentiable(activation)
+        return z, s, activation
 
     @staticmethod
-    def backward(ctx, dz, ds):
+    def backward(ctx, dz, ds, _):
         s, norm_weight, norm_bias, statistics, y = ctx.saved_tensors
         if dz is None:
-            return ds, ds, *(None,) * 6
+            return ds, ds, *(None,) * 7
         dz = dz.contiguous()
         parameters = (norm_weight, norm_bias, statistics)
         dx, dnorm_weight, dnorm_bias, again = norm_backward(dz @ ctx.weight, ds, s, *parameters, y is None)
         _collect(ctx, dz, again if y is None else y)
-        return dx, dx, dnorm_weight, dnorm_bias, None, _bias_gradient(ctx, dz), None, None
+        return dx, dx, dnorm_weight, dnorm_bias, None, _bias_gradient(ctx, dz), None, None, None
 
 
 def _remember(ctx, weight, bias):
@@ -97,6 +110,10 @@ def _bias_gradient(ctx, dz):
 def _accumulates(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether the weight's gradient goes to its `main_grad`, and not through autograd to whoever asks for it."""
     return torch.is_grad_enabled() and collects(weight) and x.dim() == 2 and x.dtype == weight.dtype
+
+
+def _has_kernels(operator: str, x: torch.Tensor) -> bool:
+    return choose(operator, x.device, x.dtype).backend == "triton"
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -123,8 +140,8 @@ def geglu_linear(
     memory less as it takes, for one more tensor written. It puts the gradient of u into u's own memory, so that a
     second backward pass raises. Raises as `geglu` does.
     """
-    if _accumulates(u, weight) and choose("geglu", u.device, u.dtype).backend == "triton":
-        return _GegluLinear.apply(u, weight, bias, approximate, recompute)
+    if _accumulates(u, weight) and _has_kernels("geglu", u):
+        return _GegluLinear.apply(u, None, weight, bias, approximate, recompute)
     return linear(geglu(u, approximate), weight, bias)
 
 
@@ -142,7 +159,33 @@ def add_layer_norm_linear(
 
     x, residual and s (..., C), z (..., O). recompute: as in `geglu_linear`, of y. Raises as `add_layer_norm` does.
     """
-    if _accumulates(x, weight) and choose("add_layer_norm", x.device, x.dtype).backend == "triton":
-        return _AddLayerNormLinear.apply(x, residual, norm_weight, norm_bias, weight, bias, eps, recompute)
+    if _accumulates(x, weight) and _has_kernels("add_layer_norm", x):
+        return _AddLayerNormLinear.apply(x, residual, norm_weight, norm_bias, weight, bias, eps, recompute, None)[:2]
     y, s = add_layer_norm(x, residual, norm_weight, norm_bias, eps)
     return linear(y, weight, bias), s
+
+
+def add_layer_norm_geglu_linear(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor | None,
+    wide_weight: torch.Tensor,
+    narrow_weight: torch.Tensor,
+    eps: float = 1e-5,
+    approximate: str = "none",
+    recompute: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(z, s)` with u, s = add_layer_norm_linear(x, residual, norm_weight, norm_bias, wide_weight) and
+    z = geglu_linear(u, narrow_weight).
+
+    x, residual and s (T, C), u (T, 2I), z (T, O). recompute: as in both. Raises as they do.
+    """
+    norm = (x, residual, norm_weight, norm_bias)
+    collected = _accumulates(x, wide_weight) and _accumulates(x, narrow_weight)
+    if not (collected and serves(x, wide_weight) and _has_kernels("add_layer_norm", x) and _has_kernels("geglu", x)):
+        u, s = add_layer_norm_linear(*norm, wide_weight, None, eps, recompute)
+        return geglu_linear(u, narrow_weight, None, approximate, recompute), s
+    expect_choice("geglu", "approximate", approximate, APPROXIMATIONS)
+    u, s, y = _AddLayerNormLinear.apply(*norm, wide_weight, None, eps, recompute, approximate)
+    return _GegluLinear.apply(u, y, narrow_weight, None, approximate, recompute), s

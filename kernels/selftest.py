@@ -18,6 +18,7 @@ from .dispatch import DTYPES, OPERATORS, choose
 from .embed import embed, embed_reference
 from .gelu import geglu, geglu_reference, gelu, gelu_reference
 from .layer_norm import add_layer_norm, add_layer_norm_reference, layer_norm, layer_norm_reference
+from .linear import add_layer_norm_geglu_linear
 from .mask_tokens import mask_tokens, mask_tokens_reference
 from .mlm_loss import mlm_loss, mlm_loss_reference
 from .muon import muon_direction, muon_direction_reference, muon_update, muon_update_reference
@@ -26,7 +27,7 @@ from .orthogonalise import arithmetic, orthogonalise, orthogonalise_reference
 # Neither tokens nor width are a multiple of a tile, so that the masks are in the test. The interpreter is slow.
 _TOKENS = {"cuda": 1000, "cpu": 100}
 _WIDTH = 776
-_VOCABULARY, _POSITIONS = 300, 50
+_VOCABULARY, _POSITIONS, _INNER = 300, 50, 80
 # What the interpreter lacks for these operators in bfloat16. The loss rounds three times on the way to a gradient.
 _INTERPRETED_WRONG = {
     "varlen_attention": "has no bfloat16 products",
@@ -126,6 +127,28 @@ def _add_norm_inputs(draw, tokens):
 
 def _activation_inputs(draw, tokens):
     return {"x": draw(tokens, 2 * _WIDTH)}
+
+
+def _geglu_inputs(draw, tokens):
+    return _activation_inputs(draw, tokens) | {"rows": draw(tokens, _INNER), "residual": draw(tokens, _INNER)}
+
+
+def _activate(activation: Callable, feed_forward: Callable) -> Callable:
+    """GEGLU alone, and between two products, of which it is a part on some cards."""
+
+    def run(x, rows, residual):
+        # Numbers that every dtype holds, and gradients that are collected, as in training.
+        weights = [_weights(rows.new_empty(shape)) / 8 for shape in ((4 * _INNER, _INNER), (_INNER, 2 * _INNER))]
+        for weight in weights:
+            weight.requires_grad_().main_grad = torch.zeros_like(weight, dtype=torch.float32)
+        return activation(x), *feed_forward(rows, residual, rows.new_ones(_INNER), None, *weights)
+
+    return run
+
+
+def _feed_forward_reference(x, residual, norm_weight, norm_bias, wide, narrow):
+    y, s = add_layer_norm_reference(x, residual, norm_weight, norm_bias)
+    return geglu_reference(y @ wide.t()) @ narrow.t(), s
 
 
 def _embed_inputs(draw, tokens):
@@ -289,7 +312,11 @@ _CASES = {
     "layer_norm": (layer_norm, layer_norm_reference, _norm_inputs),
     "add_layer_norm": (add_layer_norm, add_layer_norm_reference, _add_norm_inputs),
     "gelu": (gelu, gelu_reference, _activation_inputs),
-    "geglu": (geglu, geglu_reference, _activation_inputs),
+    "geglu": (
+        _activate(geglu, add_layer_norm_geglu_linear),
+        _activate(geglu_reference, _feed_forward_reference),
+        _geglu_inputs,
+    ),
     "varlen_attention": (_attend(varlen_attention), _attend(varlen_attention_reference), _attention_inputs),
     "mlm_loss": (_lose(mlm_loss, ("fast", "low")), _lose(mlm_loss_reference), _loss_inputs),
     "adamw": (_update(adamw, update_rates), _update(adamw_reference, update_rates_reference), _update_inputs),

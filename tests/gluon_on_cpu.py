@@ -87,18 +87,21 @@ class Shared:
 
 
 class Barrier:
+    """Completed by as many arrivals as it was made for, and by as many bytes as it was told to expect."""
+
     def __init__(self, failed: threading.Event):
         self.failed, self.changed = failed, threading.Condition()
-        self.count = self.pending = self.phase = 0
+        self.count = self.pending = self.bytes = self.phase = 0
 
     def init(self, count):
         self.count = self.pending = count
 
-    def arrive(self, count):
+    def arrive(self, count=0, expected=0, copied=0):
         with self.changed:
             self.pending -= count
-            assert self.pending >= 0
-            if self.pending == 0:
+            self.bytes += expected - copied
+            assert self.pending >= 0 and self.bytes >= 0
+            if self.pending == 0 and self.bytes == 0:
                 self.phase, self.pending = self.phase + 1, self.count
                 self.changed.notify_all()
 
@@ -107,6 +110,35 @@ class Barrier:
         with self.changed:
             while not self.changed.wait_for(lambda: self.phase & 1 != parity, timeout=0.1):
                 assert not self.failed.is_set() and time.monotonic() < deadline
+
+
+class Descriptor:
+    """A matrix of which tiles are copied: what is beyond it is read as zero, and not written."""
+
+    def __init__(self, base, shape, strides, block, layout):
+        assert strides[1] == 1 and strides[0] * base.elements.itemsize % 16 == 0
+        start, (rows, columns) = int(base.offset), (int(size) for size in shape)
+        assert start * base.elements.itemsize % 16 == 0
+        self.matrix = (
+            base.elements[start:].as_strided((rows, columns), strides) if rows else base.elements.new_empty(shape)
+        )
+        self.block = block
+
+    def _part(self, at):
+        (row, column), (rows, columns) = map(int, at), self.block
+        part = self.matrix[row : row + rows, column : column + columns]
+        return part, slice(part.shape[0]), slice(part.shape[1])
+
+    def load(self, at, barrier, into):
+        assert into.shape == list(self.block)
+        part, rows, columns = self._part(at)
+        into.tensor.zero_()
+        into.tensor[rows, columns] = part
+        barrier.arrive(copied=into.tensor.nbytes)
+
+    def store(self, at, tile):
+        part, rows, columns = self._part(at)
+        part.copy_(tile.tensor[rows, columns])
 
 
 class Language:
@@ -146,7 +178,7 @@ class Language:
         pointer.store(x, **options)
 
     def where(self, condition, x, y):
-        return torch.where(condition, x, y)
+        return torch.where(torch.as_tensor(condition), torch.as_tensor(x), torch.as_tensor(y))
 
     def maximum(self, x, y):
         return torch.maximum(x, torch.as_tensor(y, dtype=x.dtype))
@@ -249,9 +281,16 @@ def run(kernel, programs: int, *arguments, num_warps: int = 8, **constants) -> N
     arguments = [Pointer(x.view(-1)) if isinstance(x, torch.Tensor) else x for x in arguments]
     barriers = types.SimpleNamespace(
         init=lambda barrier, count: barrier.init(count),
-        arrive=lambda barrier, count: barrier.arrive(count),
+        arrive=lambda barrier, count, pred=True: barrier.arrive(count) if pred else None,
+        expect=lambda barrier, bytes: barrier.arrive(1, expected=bytes),
         wait=lambda barrier, phase: barrier.wait(phase),
         MBarrierLayout=real_mbarrier.MBarrierLayout,
+    )
+    matrices = types.SimpleNamespace(
+        make_tensor_descriptor=Descriptor,
+        async_copy_global_to_shared=lambda descriptor, at, barrier, into: descriptor.load(at, barrier, into),
+        async_copy_shared_to_global=lambda descriptor, at, tile: descriptor.store(at, tile),
+        store_wait=lambda pendings: None,
     )
     copies = types.SimpleNamespace(
         async_copy_global_to_shared=lambda into, at, mask=None: into.store(at.load(mask, 0)),
@@ -265,6 +304,7 @@ def run(kernel, programs: int, *arguments, num_warps: int = 8, **constants) -> N
             id(language.tl): gl,
             id(language.mbarrier): barriers,
             id(language.async_copy): copies,
+            id(language.tma): matrices,
             id(language.fence_async_shared): lambda: None,
             id(attention_parts.is_kept): is_kept,
             id(language.warpgroup_mma): _product,

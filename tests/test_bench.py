@@ -1,5 +1,6 @@
 """The benchmark suite's own arithmetic, ledger and report, on a machine without a GPU."""
 
+import itertools
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from bench import (
     report,
     tables,
     test_embedding,
+    test_geglu_product,
     test_gelu,
     test_layer_norm,
     test_mask_tokens,
@@ -41,6 +43,12 @@ FACTORIES = {
     "embed-uniform": test_embedding.uniform_case,
     "embed-text": test_embedding.text_case,
 }
+ONLY_FORWARD = {
+    "geglu_product": test_geglu_product.forward_case,
+    "geglu_product_backward": test_geglu_product.backward_case,
+}
+EVERY = FACTORIES | ONLY_FORWARD
+CALLS = [*itertools.product(FACTORIES, DIRECTIONS), *itertools.product(ONLY_FORWARD, (FORWARD,))]
 ENVIRONMENT = {
     "device": "NVIDIA H200",
     "driver": "580.1",
@@ -126,7 +134,7 @@ def test_tokens_shrink_until_the_case_fits_into_memory():
     assert case.name == "32768x3072"
 
 
-@pytest.mark.parametrize("factory", FACTORIES.values(), ids=FACTORIES)
+@pytest.mark.parametrize("factory", EVERY.values(), ids=EVERY)
 def test_inputs_repeat_with_their_seed_and_are_never_zeros(factory):
     case = factory(SIZES)
     one, again, other = (case.make(seed) for seed in (0, 0, 1))
@@ -255,11 +263,10 @@ def checked(case, peer, direction=BOTH) -> float:
     return guard(case, peer, call, inputs)
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("factory", FACTORIES.values(), ids=FACTORIES)
-def test_the_guard_passes_what_is_right(factory, direction, reference):
-    assert checked(factory(SIZES), CRAMFAST, direction) <= 2
-    assert checked(factory(SIZES), EAGER, direction) == 1
+@pytest.mark.parametrize(("name", "direction"), CALLS)
+def test_the_guard_passes_what_is_right(name, direction, reference):
+    assert checked(EVERY[name](SIZES), CRAMFAST, direction) <= 2
+    assert checked(EVERY[name](SIZES), EAGER, direction) == 1
 
 
 def test_the_reference_by_chunks_is_the_reference(monkeypatch):

@@ -38,6 +38,7 @@ _FILES = {
     "attention_kernels": (Kind.ATTENTION_FORWARD, Kind.ATTENTION_BACKWARD),
     "column_sums": (Kind.MATMUL, Kind.MATMUL),
     "embed_kernels": (Kind.EMBEDDING, Kind.EMBEDDING),
+    "geglu_product": (Kind.MATMUL, Kind.MATMUL),
     "gelu": (Kind.ACTIVATION_FORWARD, Kind.ACTIVATION_BACKWARD),
     "layer_norm": (Kind.NORM_FORWARD, Kind.NORM_BACKWARD),
     "mask_tokens": (Kind.MASKING, Kind.MASKING),

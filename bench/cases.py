@@ -67,7 +67,8 @@ class Case:
     dimension is tokens; the others are parameters. Where a row's result depends on other rows, `parts(inputs)` cuts the
     inputs into (rows, inputs of these rows) that do not depend on each other. `bytes` and `flops` by direction come
     from the definition: tensors of a token dimension are read or written once each; parameters and statistics are small
-    and left out. `scratch_bytes`: what a peer or the reference holds on top of that. `exact`: all results are integers,
+    and left out. `part_of`: the operator of `cramfast.kernels` that decides what runs, where the case is none itself.
+    `scratch_bytes`: what a peer or the reference holds on top of that. `exact`: all results are integers,
     and have to be the reference's; where chance has a part in them, those of `eager` need not.
     """
 
@@ -82,6 +83,7 @@ class Case:
     parts: Callable[[Inputs], Iterable[tuple[slice, Inputs]]] | None = None
     bytes: dict[str, int] = field(default_factory=dict)
     flops: dict[str, int] = field(default_factory=dict)
+    part_of: str | None = None
     handed_over: str | None = None
     scratch_bytes: int = 0
     exact: bool = False

@@ -154,4 +154,4 @@ def _host_seconds(machine, tiny: Case, direction: str, peer: Peer) -> float | No
 
 def _backend(case: Case, machine) -> str:
     """Who computes this project's side of the case; the case knows where its size is handed over to others."""
-    return case.handed_over or kernels.choose(case.operator, machine.device, case.dtype).backend
+    return case.handed_over or kernels.choose(case.part_of or case.operator, machine.device, case.dtype).backend

@@ -29,6 +29,7 @@ def forward_case(sizes: Sizes) -> Case:
         ours=_forward_ours,
         reference=partial(_forward, geglu_reference),
         rows=("x",),
+        part_of="geglu",
         flops={FORWARD: 2 * t * c * 2 * i},
         scratch_bytes=4 * sizes.tensor_bytes(t, 3 * i),
     )
@@ -46,6 +47,7 @@ def backward_case(sizes: Sizes) -> Case:
         ours=_backward_ours,
         reference=_backward,
         rows=("dz", "u"),
+        part_of="geglu",
         flops={FORWARD: 2 * t * c * i},
         scratch_bytes=4 * sizes.tensor_bytes(t, 5 * i),
     )

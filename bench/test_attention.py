@@ -35,27 +35,33 @@ _RAGGED = {
     "mnli-pairs": (partial(lengths.drawn, lengths.MNLI_PAIRS), lengths.MNLI_PAIRS[-1]),
 }
 _BATCHES = _EQUAL | _RAGGED
-_ROTARY = ("all-128", "ragged-16-128")
+_ROTARY = _DROPPED = ("all-128", "ragged-16-128")
+# BERT's.
+_DROPOUT = 0.1
 
 
 @dataclass(frozen=True)
 class AttentionCase(Case):
-    """Attention over these sequences: cu_seqlens int32 (B+1,), none longer than max_seqlen."""
+    """Attention over these sequences: cu_seqlens int32 (B+1,), none longer than max_seqlen. dropout: of its weights."""
 
     cu_seqlens: torch.Tensor | None = None
     max_seqlen: int = 0
+    dropout: float = 0.0
 
 
-def attention_case(sizes: Sizes, name: str, rotary: bool = False) -> AttentionCase:
+def attention_case(sizes: Sizes, name: str, rotary: bool = False, dropout: float = 0.0) -> AttentionCase:
     """qkv (T, 3, H, D) → (T, H, D). Forward reads qkv and writes the output; backward reads qkv and the output's
     gradient and writes that of qkv. Forward is two matrix products over a sequence, backward five.
+
+    With dropout the reference is what chance makes on average, from which each draw of PyTorch's is as far away as of
+    anyone who drops as much: the guard then sees gross faults, while the kernels' tests know the very weights.
     """
     draw, longest = _BATCHES[name]
     heads, max_seqlen = sizes.hidden // _HEAD_SIZE, min(longest, sizes.tokens)
     drawn = draw(sizes.tokens)
     total, attended = int(drawn.sum()), int(drawn.square().sum())
     cu_seqlens = F.pad(drawn.cumsum(0), (1, 0)).to(sizes.device, torch.int32)
-    given = {"max_seqlen": max_seqlen}
+    given, chance = {"max_seqlen": max_seqlen}, {"dropout_p": dropout}
     if rotary:
         tables = rotary_tables(max_seqlen, _HEAD_SIZE, _ROPE_THETA)
         given |= {name: table.to(sizes.device) for name, table in zip(("cos", "sin"), tables, strict=True)}
@@ -68,11 +74,11 @@ def attention_case(sizes: Sizes, name: str, rotary: bool = False) -> AttentionCa
     row, product = sizes.tensor_bytes(total, heads, _HEAD_SIZE), 2 * heads * _HEAD_SIZE * attended
     return AttentionCase(
         "varlen_attention",
-        _case_name(name, rotary, sizes.tokens),
+        _case_name(name + "-rotary" * rotary + "-dropout" * (dropout > 0), sizes.tokens),
         sizes.dtype,
         make,
-        eager=partial(kernels.varlen_attention_reference, **given),
-        ours=partial(kernels.varlen_attention, **given),
+        eager=partial(kernels.varlen_attention_reference, **given, **chance),
+        ours=partial(kernels.varlen_attention, **given, **chance),
         reference=partial(kernels.varlen_attention_reference, **given),
         rows=("qkv",),
         parts=_whole_sequences,
@@ -81,6 +87,7 @@ def attention_case(sizes: Sizes, name: str, rotary: bool = False) -> AttentionCa
         handed_over=_handed_over(sizes, max_seqlen),
         cu_seqlens=cu_seqlens,
         max_seqlen=max_seqlen,
+        dropout=dropout,
     )
 
 
@@ -90,9 +97,9 @@ def _handed_over(sizes: Sizes, max_seqlen: int) -> str | None:
     return kernels.choose_long(sizes.device, sizes.dtype, _HEAD_SIZE).backend if max_seqlen > longest else None
 
 
-def _case_name(batch: str, rotary: bool, tokens: int) -> str:
+def _case_name(batch: str, tokens: int) -> str:
     """The batch's own name at the size that results are compared at; elsewhere the tokens are part of it."""
-    return batch + ("-rotary" if rotary else "") + ("" if tokens == Sizes.tokens else f"@{tokens}")
+    return batch + ("" if tokens == Sizes.tokens else f"@{tokens}")
 
 
 def _whole_sequences(inputs: Inputs) -> Iterator[tuple[slice, Inputs]]:
@@ -173,16 +180,19 @@ _PADDED = PaddedLayout(
 _ONE_OF_HEADS = Layout(lambda x, _: x.transpose(0, 1)[None], lambda y, _: y[0].transpose(0, 1))
 
 
-def _sdpa_by(backend: SDPBackend) -> Callable[[Case], Callable]:
-    def attend(q, k, v):
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v)
+def _sdpa_by(backend: SDPBackend) -> Callable[[AttentionCase], Callable]:
+    def load(case):
+        def attend(q, k, v):
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v, dropout_p=case.dropout)
 
-    return lambda case: attend
+        return attend
+
+    return load
 
 
-def _sdpa_padded(case: Case) -> Callable:
-    return lambda q, k, v, attn_mask: F.scaled_dot_product_attention(q, k, v, attn_mask)
+def _sdpa_padded(case: AttentionCase) -> Callable:
+    return lambda q, k, v, attn_mask: F.scaled_dot_product_attention(q, k, v, attn_mask, case.dropout)
 
 
 def _varlen_attn(case: AttentionCase) -> Callable:
@@ -211,8 +221,8 @@ def _flex(case: AttentionCase) -> Callable:
 def _flash(case: AttentionCase) -> Callable:
     from flash_attn import flash_attn_varlen_func
 
-    longest = case.max_seqlen
-    return lambda q, k, v, cu_seqlens: flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, longest, longest)
+    longest = (case.max_seqlen,) * 2
+    return lambda q, k, v, cu_seqlens: flash_attn_varlen_func(q, k, v, *(cu_seqlens,) * 2, *longest, case.dropout)
 
 
 def _flash_4(case: AttentionCase) -> Callable:
@@ -261,8 +271,11 @@ PEERS_OF_RAGGED = (
     *_ANY,
     _peer("flash-attn-4", _flash_4, _FLAT, **_FLASH_4),
 )
+# The others have no dropout.
+_DROPPING = ("cramfast", "sdpa-cudnn", "sdpa-flash", "sdpa-efficient", "sdpa-padded", "flash-attn")
 _ROWS = [(name, peer) for name in _EQUAL for peer in PEERS_OF_EQUAL]
 _ROWS += [(name, peer) for name in _RAGGED for peer in PEERS_OF_RAGGED]
+_ROWS_OF_DROPOUT = [(name, peer) for name, peer in _ROWS if name in _DROPPED and peer.who in _DROPPING]
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -275,3 +288,9 @@ def test_varlen_attention(measured, name, peer, direction):
 @pytest.mark.parametrize("name", _ROTARY)
 def test_rotary(measured, name, direction):
     measured(partial(attention_case, name=name, rotary=True), direction, CRAMFAST)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("name, peer", _ROWS_OF_DROPOUT, ids=[f"{name}-{peer.who}" for name, peer in _ROWS_OF_DROPOUT])
+def test_dropout(measured, name, peer, direction):
+    measured(partial(attention_case, name=name, dropout=_DROPOUT), direction, peer)

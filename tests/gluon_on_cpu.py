@@ -181,10 +181,10 @@ class Language:
         return torch.where(torch.as_tensor(condition), torch.as_tensor(x), torch.as_tensor(y))
 
     def maximum(self, x, y):
-        return torch.maximum(x, torch.as_tensor(y, dtype=x.dtype))
+        return value(torch.maximum(torch.as_tensor(x), torch.as_tensor(y)))
 
     def minimum(self, x, y):
-        return torch.minimum(x, torch.as_tensor(y, dtype=x.dtype))
+        return value(torch.minimum(torch.as_tensor(x), torch.as_tensor(y)))
 
     def abs(self, x):
         return x.abs()

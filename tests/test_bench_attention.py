@@ -94,6 +94,16 @@ def test_the_guard_passes_what_is_right(name, rotary, direction, reference):
     assert checked(attention_case(SIZES, name, rotary), CRAMFAST, direction) <= 2
 
 
+@pytest.mark.parametrize("peer", [CRAMFAST, OF_RAGGED["sdpa-padded"]], ids=lambda peer: peer.who)
+def test_with_dropout_the_guard_compares_how_far_chance_leads(peer, reference):
+    case = attention_case(SIZES, "ragged-16-128", dropout=0.1)
+    assert case.work(FORWARD) == "varlen_attention/fwd/ragged-16-128-dropout@256"
+    assert 0.5 < checked(case, peer) < 2
+    more = attention_case(SIZES, "ragged-16-128", dropout=0.6)
+    with pytest.raises(WrongResult):
+        checked(replace(case, ours=more.ours, dropout=0.6), peer)
+
+
 @pytest.mark.parametrize("name, rotary", [("all-64", False), ("ragged-16-128", True)])
 def test_the_reference_by_whole_sequences_is_the_reference(name, rotary, monkeypatch):
     case = attention_case(replace(SIZES, dtype=torch.float64), name, rotary)
@@ -183,6 +193,11 @@ def attend(q, k, v, cu_seqlens, longest):
     return test_attention.kernels.varlen_attention_reference(torch.stack((q, k, v), 1), cu_seqlens, longest)
 
 
+def flash_2_varlen(q, k, v, cu_q, cu_k, max_q, max_k, dropout_p):
+    assert dropout_p == 0
+    return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k)
+
+
 def varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k):
     assert cu_seq_q is cu_seq_k and max_q == max_k
     return attend(q, k, v, cu_seq_q, max_q)
@@ -203,7 +218,7 @@ def flash_4_equal(q, k, v):
 @pytest.mark.parametrize("name, peers", [("all-64", OF_EQUAL), ("ragged-16-128", OF_RAGGED)])
 def test_packages_are_called_with_what_they_take(name, peers, who, direction, monkeypatch):
     flash, cute = types.ModuleType("flash_attn"), types.ModuleType("flash_attn.cute")
-    flash.flash_attn_varlen_func = varlen_attn
+    flash.flash_attn_varlen_func = flash_2_varlen
     cute.flash_attn_varlen_func, cute.flash_attn_func = flash_4_varlen, flash_4_equal
     monkeypatch.setitem(sys.modules, "flash_attn", flash)
     monkeypatch.setitem(sys.modules, "flash_attn.cute", cute)

@@ -89,6 +89,8 @@ BARS = (
     Bar("geglu/fwd+bwd", SPEED, 2.0, "torch-compile", suffix=""),
     Bar("geglu/fwd", SPEED, 1.0, "liger", against_suffix="-tanh"),
     Bar("geglu/fwd+bwd", SPEED, 1.0, "liger", against_suffix="-tanh"),
+    Bar("geglu_product/fwd", SPEED, 1.0, "cramfast-apart"),
+    Bar("geglu_product_backward/fwd", SPEED, 1.0, "cramfast-apart"),
     Bar("embed/fwd", COPY, 0.80),
     Bar("embed/fwd+bwd", SPEED, 2.0, "torch-eager"),
     _attention("all-64", 2.2),

@@ -24,6 +24,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 import cramfast
 from cramfast import pretrain
 from cramfast.evaluate import mlm as mlm_module
+from cramfast.train import run as run_module
 from cramfast.train import step as step_module
 from cramfast.train.checkpoint import latest_checkpoint
 from cramfast.train.progress import read_metrics
@@ -387,6 +388,20 @@ def test_recipes_layouts_orders_and_dtypes_train(corpus, tmp_path, run_here, set
     stored = read_json(out / "config.json")["settings"]
     flat = {**stored, **stored["batches"]}
     assert {name: flat[name] for name in settings} == settings
+
+
+def test_examples_are_computed_in_the_dtype_of_training(corpus, tmp_path, run_here, monkeypatch):
+    seen, fill = [], run_module.fill_examples
+
+    def watched(*arguments):
+        seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+        return fill(*arguments)
+
+    monkeypatch.setattr(run_module, "fill_examples", watched)
+    for dtype in ("bfloat16", "float32"):
+        assert run_here(*flags(corpus, tmp_path / dtype, steps=2, evals=1, dtype=dtype)).code == 0
+        assert len(read_json(tmp_path / dtype / "summary.json")["examples"]) == 3
+    assert seen == [torch.bfloat16, torch.float32]
 
 
 def test_the_batch_is_ramped_up(corpus, tmp_path, run_here):

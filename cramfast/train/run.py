@@ -226,7 +226,8 @@ def _finish(setup: Setup, state: State, score: Score, dataset: Dataset, special:
     model, folder = setup.step.model.eval(), setup.folder
     save_model(folder / "final", model, dataset.folder / "tokenizer.json")
     plot_loss(folder, setup.unigram_entropy)
-    examples = fill_examples(model, dataset.tokenizer, special, dataset.split("heldout"))
+    with setup.step.autocast:  # as training and the held-out loss: there may be no kernel for float32
+        examples = fill_examples(model, dataset.tokenizer, special, dataset.split("heldout"))
     seconds = state.spent.seconds
     summary = {
         "heldout_loss": score.loss,

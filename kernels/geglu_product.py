@@ -27,14 +27,13 @@ from .launch import Launch, aligned, capability_of, catalogue, ceil_div, multipr
 
 CAPABILITY = 90
 DTYPES = (torch.float16, torch.bfloat16)
-# Tiles one below the other, before the columns beside them.
 _TILE, _DEPTH, _GROUP = 128, 64, 8
 
 
 @gluon.jit
 def _place_of(turn, rows, WIDTH: gl.constexpr, TILE: gl.constexpr, COLUMNS: gl.constexpr, GROUP: gl.constexpr):
-    """Row and column of the tile that this program has in a turn. Tiles one below the other come before the columns
-    beside them: GROUP, as many as stay in the cache."""
+    """Row and column of the tile that this program has in a turn. GROUP tiles, one below the other, come before the
+    columns beside them: as many as stay in the cache."""
     down, across = (rows + TILE - 1) // TILE, (WIDTH + COLUMNS - 1) // COLUMNS
     tile = gl.program_id(0) + turn * gl.num_programs(0)
     first = tile // (GROUP * across) * GROUP
@@ -75,6 +74,7 @@ def _step(left_tiles, right_tiles, full, n, z, TRANSPOSED: gl.constexpr):
 
 @gluon.jit
 def _hand_over(z, halves, hands, turn):
+    """The product of this turn to the finisher whose turn it is, once it has taken the one before."""
     filled, taken = hands
     HANDS: gl.constexpr = halves.shape[0] // 2
     hand = turn % HANDS
@@ -87,7 +87,7 @@ def _hand_over(z, halves, hands, turn):
 
 @gluon.jit
 def _multiply(left_tiles, right_tiles, halves, loads, hands, turns, STEPS: gl.constexpr, TRANSPOSED: gl.constexpr):
-    """Products (TILE, 128) to `halves` (2 * stages, TILE, 64), the left 64 columns of a tile and the right ones."""
+    """Products (TILE, 128) to `halves` (2 * finishers, TILE, 64), the left 64 columns of a tile and the right ones."""
     full, empty = loads
     STAGES: gl.constexpr = left_tiles.shape[0]
     TILE: gl.constexpr = left_tiles.shape[1]

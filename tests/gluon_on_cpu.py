@@ -113,32 +113,21 @@ class Barrier:
 
 
 class Descriptor:
-    """A matrix of which tiles are copied: what is beyond it is read as zero, and not written."""
+    """A matrix of which tiles are loaded, with zeros for what is beyond it."""
 
     def __init__(self, base, shape, strides, block, layout):
         assert strides[1] == 1 and strides[0] * base.elements.itemsize % 16 == 0
         start, (rows, columns) = int(base.offset), (int(size) for size in shape)
         assert start * base.elements.itemsize % 16 == 0
-        self.matrix = (
-            base.elements[start:].as_strided((rows, columns), strides) if rows else base.elements.new_empty(shape)
-        )
-        self.block = block
-
-    def _part(self, at):
-        (row, column), (rows, columns) = map(int, at), self.block
-        part = self.matrix[row : row + rows, column : column + columns]
-        return part, slice(part.shape[0]), slice(part.shape[1])
+        self.matrix, self.block = base.elements[start:].as_strided((rows, columns), strides), block
 
     def load(self, at, barrier, into):
         assert into.shape == list(self.block)
-        part, rows, columns = self._part(at)
+        (row, column), (rows, columns) = map(int, at), self.block
+        part = self.matrix[row : row + rows, column : column + columns]
         into.tensor.zero_()
-        into.tensor[rows, columns] = part
+        into.tensor[: part.shape[0], : part.shape[1]] = part
         barrier.arrive(copied=into.tensor.nbytes)
-
-    def store(self, at, tile):
-        part, rows, columns = self._part(at)
-        part.copy_(tile.tensor[rows, columns])
 
 
 class Language:
@@ -181,10 +170,10 @@ class Language:
         return torch.where(torch.as_tensor(condition), torch.as_tensor(x), torch.as_tensor(y))
 
     def maximum(self, x, y):
-        return value(torch.maximum(torch.as_tensor(x), torch.as_tensor(y)))
+        return torch.maximum(x, torch.as_tensor(y, dtype=x.dtype))
 
     def minimum(self, x, y):
-        return value(torch.minimum(torch.as_tensor(x), torch.as_tensor(y)))
+        return torch.minimum(x, torch.as_tensor(y, dtype=x.dtype))
 
     def abs(self, x):
         return x.abs()
@@ -281,7 +270,7 @@ def run(kernel, programs: int, *arguments, num_warps: int = 8, **constants) -> N
     arguments = [Pointer(x.view(-1)) if isinstance(x, torch.Tensor) else x for x in arguments]
     barriers = types.SimpleNamespace(
         init=lambda barrier, count: barrier.init(count),
-        arrive=lambda barrier, count, pred=True: barrier.arrive(count) if pred else None,
+        arrive=lambda barrier, count: barrier.arrive(count),
         expect=lambda barrier, bytes: barrier.arrive(1, expected=bytes),
         wait=lambda barrier, phase: barrier.wait(phase),
         MBarrierLayout=real_mbarrier.MBarrierLayout,
@@ -289,8 +278,6 @@ def run(kernel, programs: int, *arguments, num_warps: int = 8, **constants) -> N
     matrices = types.SimpleNamespace(
         make_tensor_descriptor=Descriptor,
         async_copy_global_to_shared=lambda descriptor, at, barrier, into: descriptor.load(at, barrier, into),
-        async_copy_shared_to_global=lambda descriptor, at, tile: descriptor.store(at, tile),
-        store_wait=lambda pendings: None,
     )
     copies = types.SimpleNamespace(
         async_copy_global_to_shared=lambda into, at, mask=None: into.store(at.load(mask, 0)),

@@ -24,7 +24,7 @@ needs_hopper = pytest.mark.skipif(not SERVED, reason="needs a CUDA device of com
 
 DTYPES = (torch.float16, torch.bfloat16)
 # A tile has 128 rows, and columns in 64 or 128; a step has 64 of C.
-SIZES = ((1, 16, 16), (63, 64, 96), (128, 64, 128), (300, 80, 208), (700, 208, 64))
+SIZES = ((1, 16, 16), (63, 64, 96), (128, 64, 128), (300, 80, 208), (700, 208, 64), (900, 64, 208))
 if NATIVE:
     SIZES += tuple((rows, columns, 1536) for rows in (100, 1000, 20_000) for columns in (96, 768, 1024))
 RUNS = 20 if NATIVE else 2

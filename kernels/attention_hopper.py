@@ -16,21 +16,19 @@ Symbols in comments: T tokens of the batch, H heads, D head size.
 
 from .attention_hopper_parts import (
     angles_of,
-    chunk_of,
     fetch_line,
     fetch_rows,
     half_rows,
     make_barriers,
     prepare,
     seen_of,
-    split,
     store_rows,
     turn,
-    vectors,
     whole_rows,
 )
 from .attention_parts import group_at, is_kept
 from .language import async_copy, fence_async_shared, gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait
+from .tiles import chunk_of, split, vectors
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 

@@ -6,6 +6,7 @@ Symbols in comments: T tokens of the batch, H heads, D head size.
 
 from .attention_parts import group_at, sight_of
 from .language import async_copy, fence_async_shared, gl, gluon, mbarrier
+from .tiles import chunk_of, split, vectors
 
 
 @gluon.constexpr_function
@@ -25,12 +26,6 @@ def half_rows(size, warps):
     whole = whole_rows(size, warps)
     shape = [whole.shape[0], size // 2]
     return gl.DistributedLinearLayout(whole.reg_bases[:3], whole.lane_bases, whole.warp_bases, [], shape)
-
-
-@gluon.constexpr_function
-def vectors(size, warps):
-    """Layout of rows of `size` columns in vectors of eight, a thread's rows `256 // size * warps` apart."""
-    return gl.BlockedLayout([1, 8], [256 // size, size // 8], [warps, 1], [1, 0])
 
 
 @gluon.constexpr_function
@@ -57,13 +52,6 @@ def make_barriers(STAGES: gl.constexpr, MOVERS: gl.constexpr):
 
 
 @gluon.jit
-def split(x, layout: gl.constexpr):
-    """The halves of the columns of x, in a layout that moves nothing."""
-    x1, x2 = gl.split(gl.permute(gl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
-    return gl.convert_layout(x1, layout, assert_trivial=True), gl.convert_layout(x2, layout, assert_trivial=True)
-
-
-@gluon.jit
 def join(x1, x2, layout: gl.constexpr):
     x = gl.reshape(gl.permute(gl.join(x1, x2), (0, 2, 1)), (x1.shape[0], 2 * x1.shape[1]))
     return gl.convert_layout(x, layout, assert_trivial=True)
@@ -72,15 +60,6 @@ def join(x1, x2, layout: gl.constexpr):
 @gluon.jit
 def turn(x1, x2, cos, sin):
     return (x1 * cos - x2 * sin).to(x1.dtype), (x2 * cos + x1 * sin).to(x1.dtype)
-
-
-@gluon.jit
-def chunk_of(tiles, stage, chunk, CHUNK: gl.constexpr):
-    """Rows from chunk * CHUNK on, CHUNK of them, of a stage's tile."""
-    STAGES: gl.constexpr = tiles.shape[0]
-    PIECES: gl.constexpr = tiles.shape[1] // CHUNK
-    pieces = tiles._reinterpret(tiles.dtype, [STAGES * PIECES, CHUNK, tiles.shape[2]], tiles.layout)
-    return pieces.index(stage * PIECES + chunk)
 
 
 @gluon.jit

@@ -20,10 +20,10 @@ import functools
 
 import torch
 
-from .attention_hopper_parts import split, vectors
 from .gelu import form_of, phi_of, slope_of
 from .language import GLUON_AVAILABLE, gl, gluon, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from .launch import Launch, aligned, capability_of, catalogue, ceil_div, multiprocessors
+from .tiles import chunk_of, split, tile_at, vectors
 
 CAPABILITY = 90
 DTYPES = (torch.float16, torch.bfloat16)
@@ -32,14 +32,10 @@ _TILE, _DEPTH, _GROUP = 128, 64, 8
 
 @gluon.jit
 def _place_of(turn, rows, WIDTH: gl.constexpr, TILE: gl.constexpr, COLUMNS: gl.constexpr, GROUP: gl.constexpr):
-    """Row and column of the tile that this program has in a turn. GROUP tiles, one below the other, come before the
-    columns beside them: as many as stay in the cache."""
+    """Row and column of the tile that this program has in a turn."""
     down, across = (rows + TILE - 1) // TILE, (WIDTH + COLUMNS - 1) // COLUMNS
-    tile = gl.program_id(0) + turn * gl.num_programs(0)
-    first = tile // (GROUP * across) * GROUP
-    height = gl.minimum(down - first, GROUP)
-    rest = tile % (GROUP * across)
-    return (first + rest % height) * TILE, rest // height * COLUMNS
+    i, j = tile_at(gl.program_id(0) + turn * gl.num_programs(0), down, across, GROUP)
+    return i * TILE, j * COLUMNS
 
 
 @gluon.jit
@@ -133,14 +129,6 @@ def _load_forward(
 
 
 @gluon.jit
-def _part_of(halves, half, part, PART: gl.constexpr):
-    """Rows from part * PART on, PART of them, of a half."""
-    PARTS: gl.constexpr = halves.shape[1] // PART
-    parts = halves._reinterpret(halves.dtype, [halves.shape[0] * PARTS, PART, halves.shape[2]], halves.layout)
-    return parts.index(half * PARTS + part)
-
-
-@gluon.jit
 def _at(row, column, rows, WIDTH: gl.constexpr, STRIDE: gl.constexpr, PART: gl.constexpr):
     """Offsets of a part from `row` and `column` on in a tensor with rows of STRIDE elements, and whether they are
     there."""
@@ -167,8 +155,8 @@ def _finish_forward(
         row, column = _place_of(turn, rows, WIDTH, TILE, 64, GROUP)
         mbarrier.wait(filled.index(WHICH), turn // HANDS & 1)
         for part in range(TILE // PART):
-            gate = _part_of(halves, 2 * WHICH, part, PART).load(layout)
-            value = _part_of(halves, 2 * WHICH + 1, part, PART).load(layout)
+            gate = chunk_of(halves, 2 * WHICH, part, PART).load(layout)
+            value = chunk_of(halves, 2 * WHICH + 1, part, PART).load(layout)
             at, valid = _at(row + part * PART, column, rows, WIDTH, 2 * WIDTH, PART)
             gl.store(u_ptr + at, gate, mask=valid)
             gl.store(u_ptr + WIDTH + at, value, mask=valid)
@@ -268,16 +256,16 @@ def _finish_backward(
             # What comes next, long before it is used.
             following = gl.where(part + 1 < 2 * PARTS, turn, gl.minimum(turns - 1, turn + HANDS))
             gate_next, value_next = _fetch(u_ptr, following, (part + 1) % (2 * PARTS), rows, WIDTH, TILE, GROUP, PART)
-            dy = _part_of(halves, 2 * WHICH + part // PARTS, part % PARTS, PART).load(layout).to(gl.float32)
+            dy = chunk_of(halves, 2 * WHICH + part // PARTS, part % PARTS, PART).load(layout).to(gl.float32)
             gate, value = gate.to(gl.float32), value.to(gl.float32)
             phi, rest = phi_of(gate, FORM)
             activation = gate * phi
-            here = row + part % PARTS * PART, column + part // PARTS * 64
-            at, valid = _at(here[0], here[1], rows, WIDTH, 2 * WIDTH, PART)
+            top, left = row + part % PARTS * PART, column + part // PARTS * 64
+            at, valid = _at(top, left, rows, WIDTH, 2 * WIDTH, PART)
             gl.store(du_ptr + at, (dy * value * slope_of(gate, phi, rest, FORM)).to(dtype), mask=valid)
             gl.store(du_ptr + WIDTH + at, (dy * activation).to(dtype), mask=valid)
             if y_ptr is not None:
-                at, valid = _at(here[0], here[1], rows, WIDTH, WIDTH, PART)
+                at, valid = _at(top, left, rows, WIDTH, WIDTH, PART)
                 gl.store(y_ptr + at, (activation * value).to(dtype), mask=valid)
             gate, value = gate_next, value_next
         mbarrier.arrive(taken.index(WHICH), count=1)

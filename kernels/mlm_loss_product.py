@@ -18,6 +18,7 @@ import torch
 from .language import tl, triton
 from .launch import Launch, catalogue, ceil_div, dtype_of, multiprocessors
 from .mlm_loss_kernels import LOG2E
+from .tiles import tile_at
 
 _MOST = tl.constexpr(126.0)
 # Of three steps of 64 columns of rows and decoder, 96 KiB, and the half tile that is written, 16 KiB: half of what a
@@ -85,9 +86,7 @@ def product_kernel(
         out = tl.make_tensor_descriptor(out_ptr, [rows, columns], [stride, 1], [ROWS, HALF])
     down, across = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
     for tile in tl.range(tl.program_id(0), down * across, tl.num_programs(0), flatten=True):
-        group = tile // (GROUP * across) * GROUP
-        height = tl.minimum(down - group, GROUP)
-        i, j = group + tile % (GROUP * across) % height, tile % (GROUP * across) // height
+        i, j = tile_at(tile, down, across, GROUP)
         z = tl.zeros([ROWS, COLUMNS], tl.float32)
         for depth in range(0, C, DEPTH):
             z = tl.dot(left.load([i * ROWS, depth]), right.load([j * COLUMNS, depth]).T, z)

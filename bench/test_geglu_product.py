@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cramfast.kernels.geglu_product import product_and_geglu, product_and_geglu_backward, serves
+from cramfast.kernels.geglu_product import product_and_geglu, product_and_geglu_backward
 from cramfast.kernels.gelu import geglu, geglu_reference
 
 from .cases import FORWARD, Case, Inputs, Sizes
@@ -20,36 +20,32 @@ from .peers import STANDARD, Peer
 def forward_case(sizes: Sizes) -> Case:
     """x (T, C), weight (2I, C) → u (T, 2I), geglu(u) (T, I)."""
     t, c, i = sizes.tokens, sizes.hidden, sizes.intermediate
-    return Case(
-        "geglu_product",
-        f"{t}x{c}x{2 * i}",
-        sizes.dtype,
-        partial(_make, sizes, {"x": (t, c), "weight": (2 * i, c)}),
-        eager=partial(_forward, _geglu_eager),
-        ours=_forward_ours,
-        reference=partial(_forward, geglu_reference),
-        rows=("x",),
-        part_of="geglu",
-        flops={FORWARD: 2 * t * c * 2 * i},
-        scratch_bytes=4 * sizes.tensor_bytes(t, 3 * i),
-    )
+    shapes = {"x": (t, c), "weight": (2 * i, c)}
+    return _case("geglu_product", sizes, shapes, partial(_forward, geglu_reference), _forward_ours, 2 * i, 3 * i)
 
 
 def backward_case(sizes: Sizes) -> Case:
     """dz (T, C), weight (C, I), u (T, 2I) → the gradient of u (T, 2I), where z = geglu(u) weightᵀ."""
     t, c, i = sizes.tokens, sizes.hidden, sizes.intermediate
+    shapes = {"dz": (t, c), "weight": (c, i), "u": (t, 2 * i)}
+    return _case("geglu_product_backward", sizes, shapes, _backward, _backward_ours, i, 5 * i)
+
+
+def _case(operator: str, sizes: Sizes, shapes: dict, plain, ours, columns: int, held: int) -> Case:
+    """columns: of the product. held: elements in a row of what a peer holds beside its inputs."""
+    t, c, i = sizes.tokens, sizes.hidden, sizes.intermediate
     return Case(
-        "geglu_product_backward",
+        operator,
         f"{t}x{c}x{2 * i}",
         sizes.dtype,
-        partial(_make, sizes, {"dz": (t, c), "weight": (c, i), "u": (t, 2 * i)}),
-        eager=_backward,
-        ours=_backward_ours,
-        reference=_backward,
-        rows=("dz", "u"),
+        partial(_make, sizes, shapes),
+        eager=plain,
+        ours=ours,
+        reference=plain,
+        rows=tuple(name for name in shapes if name != "weight"),
         part_of="geglu",
-        flops={FORWARD: 2 * t * c * i},
-        scratch_bytes=4 * sizes.tensor_bytes(t, 5 * i),
+        flops={FORWARD: 2 * t * c * columns},
+        scratch_bytes=4 * sizes.tensor_bytes(t, held),
     )
 
 
@@ -58,11 +54,6 @@ def _make(sizes: Sizes, shapes: dict[str, tuple[int, int]], seed: int) -> Inputs
     normal = sizes.normal(seed)
     inputs = {name: normal(*shape) for name, shape in shapes.items()}
     return Inputs(inputs | {"weight": inputs["weight"] * sizes.hidden**-0.5})
-
-
-def _geglu_eager(u):
-    gate, value = u.chunk(2, dim=-1)
-    return F.gelu(gate) * value
 
 
 def _forward(activation, x, weight):
@@ -81,13 +72,11 @@ def _backward_apart(dz, weight, u):
 
 
 def _forward_ours(x, weight):
-    return product_and_geglu(x, weight, "none") if serves(x, weight) else _forward(geglu, x, weight)
+    return product_and_geglu(x, weight, None, "none")
 
 
 def _backward_ours(dz, weight, u):
-    if serves(dz, weight):
-        return product_and_geglu_backward(dz, weight, u, "none")[0]
-    return _backward_apart(dz, weight, u)
+    return product_and_geglu_backward(dz, weight, u, "none")[0]
 
 
 # The products by cuBLAS, and this project's kernel for what is between them.

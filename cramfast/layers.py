@@ -116,10 +116,7 @@ class FusedGEGLU(nn.Module):
         recompute: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(x, residual) → (narrow(GEGLU(wide(norm(x + residual)))), x + residual). recompute: as in both `then`."""
-        if wide.bias is not None or narrow.bias is not None:
-            x, residual = norm.then(wide, x, residual, recompute)
-            return self.then(narrow, x, recompute), residual
-        parameters = (norm.weight, norm.bias, wide.weight, narrow.weight)
+        parameters = (norm.weight, norm.bias, wide.weight, wide.bias, narrow.weight, narrow.bias)
         return add_layer_norm_geglu_linear(x, residual, *parameters, norm.eps, self.approximate, recompute)
 
 

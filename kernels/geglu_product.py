@@ -19,8 +19,9 @@ Symbols in comments: T rows, C columns of x or dz, I columns of y.
 import functools
 
 import torch
+import torch.nn.functional as F
 
-from .gelu import form_of, phi_of, slope_of
+from .gelu import form_of, geglu_backward, geglu_forward, phi_of, slope_of
 from .language import GLUON_AVAILABLE, gl, gluon, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from .launch import Launch, aligned, capability_of, catalogue, ceil_div, multiprocessors
 from .tiles import chunk_of, split, tile_at, vectors
@@ -336,7 +337,34 @@ def _launches(dtype, capability):
             yield backward_launch(768, 1536, dtype, "none", again)
 
 
-def serves(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def product_and_geglu(x, weight, bias, approximate):
+    """(u, y) of x (T, C) and weight (2I, C), all in one dtype, with bias (2I,) or None; one after the other where there
+    is no kernel for both."""
+    if bias is not None or not _serves(x, weight):
+        u = F.linear(x, weight, bias)
+        return u, *geglu_forward(u, approximate)
+    x, weight = aligned(x.contiguous()), aligned(weight.contiguous())
+    (rows, columns), width = x.shape, weight.shape[0] // 2
+    u, y = x.new_empty(rows, 2 * width), x.new_empty(rows, width)
+    launch = forward_launch(int(columns), int(width), x.dtype, approximate)
+    launch(_programs(x, ceil_div(width, 64)), x, weight, u, y, rows)
+    return u, y
+
+
+def product_and_geglu_backward(dz, weight, u, approximate, activation=False, in_place=False):
+    """(du, y) as `geglu_backward` has them, of dz (T, C), weight (C, I) and u (T, 2I); one after the other where there
+    is no kernel for both."""
+    if not _serves(dz, weight):
+        return geglu_backward(dz @ weight, u, approximate, activation, in_place)
+    dz, weight, u = aligned(dz.contiguous()), aligned(weight.contiguous()), aligned(u.contiguous())
+    (rows, columns), width = dz.shape, weight.shape[1]
+    du, y = u if in_place else torch.empty_like(u), u.new_empty(rows, width) if activation else None
+    launch = backward_launch(int(columns), int(width), u.dtype, approximate, activation)
+    launch(_programs(dz, ceil_div(width, 128)), dz, weight, u, du, y, rows)
+    return du, y
+
+
+def _serves(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether the kernels are for products of x (T, C), of either pass, with a weight of its dtype."""
     return (
         GLUON_AVAILABLE
@@ -348,26 +376,6 @@ def serves(x: torch.Tensor, weight: torch.Tensor) -> bool:
         and not any(size % 16 for size in weight.shape)
         and 0 not in x.shape
     )
-
-
-def product_and_geglu(x, weight, approximate):
-    """(u, y) of x (T, C) and weight (2I, C), see `serves`."""
-    x, weight = aligned(x.contiguous()), aligned(weight.contiguous())
-    (rows, columns), width = x.shape, weight.shape[0] // 2
-    u, y = x.new_empty(rows, 2 * width), x.new_empty(rows, width)
-    launch = forward_launch(int(columns), int(width), x.dtype, approximate)
-    launch(_programs(x, ceil_div(width, 64)), x, weight, u, y, rows)
-    return u, y
-
-
-def product_and_geglu_backward(dz, weight, u, approximate, activation=False, in_place=False):
-    """(du, y) of dz (T, C), weight (C, I) and u (T, 2I), see `serves` and, for the rest, `geglu_backward`."""
-    dz, weight, u = aligned(dz.contiguous()), aligned(weight.contiguous()), aligned(u.contiguous())
-    (rows, columns), width = dz.shape, weight.shape[1]
-    du, y = u if in_place else torch.empty_like(u), u.new_empty(rows, width) if activation else None
-    launch = backward_launch(int(columns), int(width), u.dtype, approximate, activation)
-    launch(_programs(dz, ceil_div(width, 128)), dz, weight, u, du, y, rows)
-    return du, y
 
 
 def _programs(x, across):

@@ -8,8 +8,8 @@ and the backward pass, which reads that anyway, writes the product's input once 
     add_layer_norm_linear   s = x + residual, z = LN(s) Wᵀ        saves s and its statistics
     geglu_linear            z = GEGLU(u) Wᵀ                       saves u
 
-Where `geglu_product.py` serves, GEGLU is part of the products beside it: `add_layer_norm_geglu_linear` has it from the
-one before, and the gradient of the one after comes through it.
+GEGLU comes with the products beside it, from `geglu_product.py`: `add_layer_norm_geglu_linear` takes it from the one
+before, and the gradient of the one after comes through it.
 """
 
 import torch
@@ -17,8 +17,8 @@ import torch.nn.functional as F
 
 from .arguments import expect_choice
 from .dispatch import choose
-from .geglu_product import product_and_geglu, product_and_geglu_backward, serves
-from .gelu import APPROXIMATIONS, geglu, geglu_backward, geglu_forward
+from .geglu_product import product_and_geglu, product_and_geglu_backward
+from .gelu import APPROXIMATIONS, geglu, geglu_forward
 from .layer_norm import add_layer_norm, norm_backward, norm_forward
 from .main_grad import add_product, claim, collects
 
@@ -53,11 +53,7 @@ class _GegluLinear(torch.autograd.Function):
         dz = dz.contiguous()
         recompute = x is None
         # Nobody reads u after this, and its gradient is the largest tensor of a layer.
-        options = (u, ctx.approximate, recompute, recompute)
-        if serves(dz, ctx.weight):
-            du, again = product_and_geglu_backward(dz, ctx.weight, *options)
-        else:
-            du, again = geglu_backward(dz @ ctx.weight, *options)
+        du, again = product_and_geglu_backward(dz, ctx.weight, u, ctx.approximate, recompute, in_place=recompute)
         if recompute:
             torch.autograd.graph.increment_version(u)
         _collect(ctx, dz, again if recompute else x)
@@ -73,7 +69,7 @@ class _AddLayerNormLinear(torch.autograd.Function):
         _remember(ctx, weight, bias)
         if approximate is None:
             return _product(y, weight, bias), s, None
-        z, activation = product_and_geglu(y, weight, approximate)
+        z, activation = product_and_geglu(y, weight, _cast(bias, y), approximate)
         ctx.mark_non_differentiable(activation)
         return z, s, activation
 
@@ -100,7 +96,11 @@ def _collect(ctx, dz, x):
 
 
 def _product(x, weight, bias):
-    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    return F.linear(x, weight, _cast(bias, x))
+
+
+def _cast(bias, x):
+    return None if bias is None else bias.to(x.dtype)
 
 
 def _bias_gradient(ctx, dz):
@@ -171,21 +171,23 @@ def add_layer_norm_geglu_linear(
     norm_weight: torch.Tensor,
     norm_bias: torch.Tensor | None,
     wide_weight: torch.Tensor,
+    wide_bias: torch.Tensor | None,
     narrow_weight: torch.Tensor,
+    narrow_bias: torch.Tensor | None = None,
     eps: float = 1e-5,
     approximate: str = "none",
     recompute: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(z, s)` with u, s = add_layer_norm_linear(x, residual, norm_weight, norm_bias, wide_weight) and
-    z = geglu_linear(u, narrow_weight).
+    """`(z, s)` with u, s = add_layer_norm_linear(x, residual, norm_weight, norm_bias, wide_weight, wide_bias) and
+    z = geglu_linear(u, narrow_weight, narrow_bias).
 
-    x, residual and s (T, C), u (T, 2I), z (T, O). recompute: as in both. Raises as they do.
+    x, residual and s (..., C), u (..., 2I), z (..., O). recompute: as in both. Raises as they do.
     """
-    norm = (x, residual, norm_weight, norm_bias)
+    norm, wide = (x, residual, norm_weight, norm_bias), (wide_weight, wide_bias)
     collected = _accumulates(x, wide_weight) and _accumulates(x, narrow_weight)
-    if not (collected and serves(x, wide_weight) and _has_kernels("add_layer_norm", x) and _has_kernels("geglu", x)):
-        u, s = add_layer_norm_linear(*norm, wide_weight, None, eps, recompute)
-        return geglu_linear(u, narrow_weight, None, approximate, recompute), s
+    if not (collected and _has_kernels("add_layer_norm", x) and _has_kernels("geglu", x)):
+        u, s = add_layer_norm_linear(*norm, *wide, eps, recompute)
+        return geglu_linear(u, narrow_weight, narrow_bias, approximate, recompute), s
     expect_choice("geglu", "approximate", approximate, APPROXIMATIONS)
-    u, s, y = _AddLayerNormLinear.apply(*norm, wide_weight, None, eps, recompute, approximate)
-    return _GegluLinear.apply(u, y, narrow_weight, None, approximate, recompute), s
+    u, s, y = _AddLayerNormLinear.apply(*norm, *wide, eps, recompute, approximate)
+    return _GegluLinear.apply(u, y, narrow_weight, narrow_bias, approximate, recompute), s

@@ -141,12 +141,13 @@ def _activate(activation: Callable, feed_forward: Callable) -> Callable:
         weights = [_weights(rows.new_empty(shape)) / 8 for shape in ((4 * _INNER, _INNER), (_INNER, 2 * _INNER))]
         for weight in weights:
             weight.requires_grad_().main_grad = torch.zeros_like(weight, dtype=torch.float32)
-        return activation(x), *feed_forward(rows, residual, rows.new_ones(_INNER), None, *weights)
+        wide, narrow = weights
+        return activation(x), *feed_forward(rows, residual, rows.new_ones(_INNER), None, wide, None, narrow)
 
     return run
 
 
-def _feed_forward_reference(x, residual, norm_weight, norm_bias, wide, narrow):
+def _feed_forward_reference(x, residual, norm_weight, norm_bias, wide, _, narrow):
     y, s = add_layer_norm_reference(x, residual, norm_weight, norm_bias)
     return geglu_reference(y @ wide.t()) @ narrow.t(), s
 

@@ -218,7 +218,8 @@ class Language:
         def work(function, arguments, warps):
             self._of_thread.warps = warps
             try:
-                function(*arguments)
+                with torch.no_grad():  # which threads do not take over
+                    function(*arguments)
             except BaseException as error:
                 errors.append(error)
                 self._failed.set()

@@ -32,8 +32,10 @@ from .attention_settings import (
     DTYPES,
     HEAD_SIZES,
     LONGEST,
+    Resident,
     Ring,
     Setting,
+    block_for,
     launch_for,
     setting_for,
     tile_for,
@@ -89,24 +91,25 @@ _remembered_tile = functools.lru_cache(_tile)
 _remembered_capability = functools.lru_cache(capability_of)
 
 
-def _setting(qkv, groups, angles, seed, tile) -> Setting:
+def _setting(qkv, groups, angles, seed, tile, longest) -> Setting:
     capability, native = _remembered_capability(qkv.device), qkv.device.type == "cuda"
     options = groups is not None, angles is not None, seed is not None
-    return setting_for(tile, int(qkv.shape[-1]), *options, capability, native)
+    return setting_for(tile, int(qkv.shape[-1]), longest, *options, capability, native)
 
 
 def _run(kernel, tuning, tensors, qkv, groups, tile, longest, scale, window, dropout):
     """Run `kernel` over `tensors` with a program for each piece of work, or as many as stay on the GPU."""
     total, _, heads, head_size = qkv.shape
-    if isinstance(tuning, Ring):
+    if isinstance(tuning, Ring | Resident):
         tensors = tuple(map(aligned, tensors))
     dtypes = tuple(map(dtype_of, tensors))
     launch = launch_for(kernel, tuning, dtypes, int(heads), int(head_size), tile, window >= 0)
     count = total // longest if groups is None else groups.shape[0] - 1
-    programs = count * heads * (1 if tile else ceil_div(longest, BLOCK))
+    programs = count * heads * (1 if tile or isinstance(tuning, Resident) else ceil_div(longest, BLOCK))
     if tuning.programs and qkv.device.type == "cuda":
         programs = min(programs, multiprocessors(qkv.device) * tuning.programs)
-    launch(programs, *tensors, total, count if tile else longest, window, scale, dropout)
+    scalars = (total, count if tile else longest, window, scale, dropout)
+    launch(programs, *tensors, *scalars[: len(launch.scalars)])
 
 
 def attention_forward(qkv, groups, bounds, angles, seed, tile, longest, scale, window, dropout):
@@ -116,7 +119,8 @@ def attention_forward(qkv, groups, bounds, angles, seed, tile, longest, scale, w
         qkv = turned = turn_packed(qkv, angles)
     total, _, heads, head_size = qkv.shape
     out, lse = qkv.new_empty(total, heads, head_size), qkv.new_empty(heads, total, dtype=torch.float32)
-    setting, rest = _setting(qkv, groups, angles, seed, tile), (qkv, groups, tile, longest, scale, window, dropout)
+    setting = _setting(qkv, groups, angles, seed, tile, longest)
+    rest = (qkv, groups, tile, longest, scale, window, dropout)
     if tile:
         _run(forward_tile, setting.forward, (qkv, groups, bounds, angles, seed, out, lse), *rest)
     else:
@@ -127,9 +131,12 @@ def attention_forward(qkv, groups, bounds, angles, seed, tile, longest, scale, w
 def attention_backward(dout, qkv, out, lse, groups, bounds, angles, seed, tile, longest, scale, window, dropout):
     dout, qkv = contiguous(dout, qkv)
     dqkv = torch.empty_like(qkv)
-    setting, rest = _setting(qkv, groups, angles, seed, tile), (qkv, groups, tile, longest, scale, window, dropout)
+    setting = _setting(qkv, groups, angles, seed, tile, longest)
+    rest = (qkv, groups, tile, longest, scale, window, dropout)
     if tile:
         _run(backward_tile, setting.backward, (dout, qkv, lse, groups, bounds, angles, seed, dqkv), *rest)
+    elif isinstance(setting.backward, Resident):
+        _run(backward_queries, setting.backward, (dout, qkv, out, lse, groups, bounds, angles, dqkv), *rest)
     else:
         delta, options = torch.empty_like(lse), (groups, bounds, angles, seed)
         _run(backward_queries, setting.backward, (dout, qkv, out, lse, *options, dqkv, delta), *rest)
@@ -222,14 +229,17 @@ def has_kernels(dtype: torch.dtype, head_size: int, max_seqlen: int) -> bool:
 def attention_layout(cu_seqlens, total, head_size, max_seqlen, *, cos, sin, softmax_scale, window, dropout_p):
     """What the kernels are told of a batch of `total` tokens besides qkv, the same for every layer that has these
     options: the tensors (groups, bounds, angles) and the settings (tile, longest, scale, window, dropout)."""
-    choose_tile = _tile if torch.compiler.is_compiling() else _remembered_tile  # tracing warns of a cache
+    # Tracing warns of a cache.
+    compiling = torch.compiler.is_compiling()
+    choose_tile, choose_capability = (_tile, capability_of) if compiling else (_remembered_tile, _remembered_capability)
     tile = choose_tile(cu_seqlens.device, head_size, max_seqlen, cos is not None, dropout_p > 0)
     groups = bounds = angles = None
     # Where the sequences just fill their tiles or blocks, nothing needs a mask.
-    fitting = max_seqlen == tile if tile else max_seqlen % BLOCK == 0
+    block = tile or block_for(head_size, max_seqlen, dropout_p > 0, choose_capability(cu_seqlens.device))
+    fitting = max_seqlen == tile if tile else max_seqlen % block == 0
     full = total == max_seqlen * (cu_seqlens.shape[0] - 1)
     if not (fitting and full and window is None and head_size != 96):
-        groups, bounds = group_sequences(cu_seqlens.contiguous(), total, max_seqlen, tile or BLOCK)
+        groups, bounds = group_sequences(cu_seqlens.contiguous(), total, max_seqlen, block)
     if cos is not None:
         of_positions = tile or (max_seqlen if bounds is None else 0)
         angles = token_angles(cos, sin, None if of_positions else bounds, of_positions or total)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from .attention_hopper import backward_tile_hopper, forward_tile_hopper
+from .attention_hopper_blocks import backward_blocks_hopper
 from .attention_kernels import backward_keys, backward_queries, backward_tile, forward_blocks, forward_tile
 from .language import GLUON_AVAILABLE, triton
 from .launch import Launch, catalogue
@@ -43,11 +44,21 @@ class Ring:
 
 
 @dataclass(frozen=True)
+class Resident:
+    """For the kernel of `attention_hopper_blocks.py`: how many registers a thread has of the eight warps that multiply,
+    beside four that move blocks; `programs` as in `Tuning`."""
+
+    registers: int
+    programs: int = 1
+
+
+@dataclass(frozen=True)
 class Setting:
-    """A tuning for each kernel of a forward and a backward pass; only blocks have `backward_keys`."""
+    """A tuning for each kernel of a forward and a backward pass; only blocks have `backward_keys`, and not where a
+    group is resident."""
 
     forward: Tuning | Ring
-    backward: Tuning | Ring
+    backward: Tuning | Ring | Resident
     backward_keys: Tuning | None = None
 
 
@@ -61,6 +72,7 @@ _TURNED_MASKED_RING = Setting(Ring(3, 8, 56, 4, 64), Ring(3, 4, 72, 4, 72))
 _TURNED_MASKED_RING_OF_32 = Setting(Ring(3, 4, 72, 4, 64), Ring(3, 4, 72, 4, 72))
 _DENSE_BLOCKS = Setting(Tuning(4, 3), Tuning(4, 3), Tuning(4, 3, registers=128, step=32))
 _BLOCKS = Setting(Tuning(4, 3), Tuning(4, 3, step=32), Tuning(4, 4, step=32))
+_RESIDENT_BLOCKS = Setting(Tuning(4, 3), Resident(224))
 _DROPPING_BLOCKS = Setting(Tuning(4, 3), Tuning(4, 3, step=32), Tuning(4, 3, step=32))
 _WIDE_BLOCKS = Setting(Tuning(8, 2), Tuning(8, 2), Tuning(8, 2, step=32))
 _WIDE_BLOCKS_OF_120 = Setting(Tuning(8, 2), Tuning(8, 1), Tuning(8, 2, step=32))
@@ -76,9 +88,17 @@ def tile_for(head_size: int, longest: int, rotary: bool, dropout: bool, capabili
     return 128 if GLUON_AVAILABLE and head_size <= 64 and longest <= 128 and 90 <= capability < 100 else 0
 
 
+def block_for(head_size: int, longest: int, dropout: bool, capability: int) -> int:
+    """Tokens of which groups are made where there is no tile: as many as go together at the most, and of which a group
+    that needs no mask has a multiple. 128 where `attention_hopper_blocks.py` takes the backward pass."""
+    resident = GLUON_AVAILABLE and head_size <= 64 and longest <= 256 and not dropout and 90 <= capability < 100
+    return 2 * BLOCK if resident else BLOCK
+
+
 def setting_for(
-    tile: int, head_size: int, masked: bool, rotary: bool, dropout: bool, capability: int, native: bool = True
-) -> Setting:
+    tile: int, head_size: int, longest: int, masked: bool, rotary: bool, dropout: bool, capability: int,
+    native: bool = True,
+) -> Setting:  # fmt: skip
     """What runs on cards of `capability` for groups of this tile, see `tile_for`. native: on the card itself; the
     interpreter does not know Gluon."""
     if tile == 128 and native:
@@ -89,6 +109,8 @@ def setting_for(
         return _SMALL_TURNED_MASKED_TILE if masked else _SMALL_TURNED_TILE
     if tile:
         return _SMALL_TILE
+    if native and block_for(head_size, longest, dropout, capability) > BLOCK:
+        return _RESIDENT_BLOCKS
     if head_size > 64:
         return _WIDE_BLOCKS if capability < 120 else _WIDE_BLOCKS_OF_120
     if 90 <= capability < 120:
@@ -98,10 +120,11 @@ def setting_for(
 
 @functools.lru_cache
 def launch_for(
-    kernel, tuning: Tuning | Ring, tensors: tuple, heads: int, head_size: int, tile: int, windowed: bool
+    kernel, tuning: Tuning | Ring | Resident, tensors: tuple, heads: int, head_size: int, tile: int, windowed: bool
 ) -> Launch:
     """One of the kernels for `tensors`, a dtype for each of its pointers, in tiles, or blocks where `tile` is 0. With a
-    ring, that of `attention_hopper.py` which does the same."""
+    ring, that of `attention_hopper.py` which does the same; where groups are resident, `backward_queries` stands for
+    the one that does all of the backward pass."""
     # Without masks, sequences fill tiles or blocks: their tokens, and those of all together, are a multiple of 16.
     tokens = "i32" if torch.int32 in tensors else "i32:16"
     scalars = (tokens, "i32" if tile else tokens, "i32", "fp32", "fp32")
@@ -112,6 +135,9 @@ def launch_for(
         constants |= {"PREPARERS": tuning.preparers, "PREPARERS_REGISTERS": tuning.preparers_registers}
         constants |= {"MOVERS": tuning.movers, "MOVERS_REGISTERS": tuning.movers_registers}
         return Launch(kernel, tensors, scalars, constants, num_warps=8)
+    if isinstance(tuning, Resident):
+        constants |= {"WINDOWED": windowed, "MULTIPLIERS": 8, "MULTIPLIERS_REGISTERS": tuning.registers}
+        return Launch(backward_blocks_hopper, tensors, scalars[:-1], constants, num_warps=4)
     constants |= {"WIDTH": triton.next_power_of_2(head_size)} | size
     if not tile:
         constants["STEP"] = tuning.step
@@ -125,9 +151,10 @@ def _launches(dtype, capability):
         return []
     every = [(masked, rotary, False) for masked in (False, True) for rotary in (False, True)]
     with_dropout = (True, False, True)
+    of_hopper = {(32, 128): every, (64, 128): [*every, with_dropout], (32, 256): every, (64, 256): every}
     cases = {
         (64, 64): [*every, with_dropout],
-        **({(32, 128): every, (64, 128): [*every, with_dropout]} if capability == 90 else {}),
+        **(of_hopper if capability == 90 else {}),
         (64, 512): [*every, with_dropout],
         (128, 512): [(True, True, False)],
     }
@@ -142,7 +169,7 @@ def _launches(dtype, capability):
 def _pass(dtype, head_size, longest, masked, rotary, dropout, capability):
     """The kernels of a forward and a backward pass of a model with 12 heads."""
     tile = tile_for(head_size, longest, rotary, dropout, capability)
-    setting = setting_for(tile, head_size, masked, rotary, dropout, capability)
+    setting = setting_for(tile, head_size, longest, masked, rotary, dropout, capability)
     f32, seed = torch.float32, torch.int64 if dropout else None
     groups, angles = (torch.int32 if masked else None,) * 2, torch.float16 if rotary else None
     if tile:
@@ -150,6 +177,11 @@ def _pass(dtype, head_size, longest, masked, rotary, dropout, capability):
         kernels = [
             (forward_tile, setting.forward, (dtype, *options, dtype, f32)),
             (backward_tile, setting.backward, (dtype, dtype, f32, *options, dtype)),
+        ]
+    elif isinstance(setting.backward, Resident):
+        kernels = [
+            (forward_blocks, setting.forward, (dtype, *groups, seed, dtype, f32)),
+            (backward_queries, setting.backward, (dtype, dtype, dtype, f32, *groups, angles, dtype)),
         ]
     else:
         options = (*groups, angles, seed)

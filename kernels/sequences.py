@@ -133,6 +133,7 @@ def launch_for(limit, classes) -> Launch:
 def _launches(dtype, capability):
     if dtype.itemsize == 2 and capability >= 80:  # for attention
         yield launch_for(128, 1)
+        yield launch_for(128, 2)
         yield launch_for(64, 8)
 
 

@@ -20,7 +20,9 @@ UINT32 = object()
 
 
 class Value(torch.Tensor):
-    """What a kernel computes with: a tensor that knows unsigned integers."""
+    """What a kernel computes with: a tensor that knows unsigned integers and is never changed in its place."""
+
+    __iadd__, __isub__, __imul__ = torch.Tensor.__add__, torch.Tensor.__sub__, torch.Tensor.__mul__
 
     def to(self, dtype):
         return super().to(torch.int64) & 0xFFFFFFFF if dtype is UINT32 else super().to(dtype)
@@ -75,8 +77,10 @@ class Shared:
         return Shared(self.tensor.permute(order), self.layout)
 
     def _reinterpret(self, dtype, shape, layout):
-        assert dtype == self.dtype
-        return Shared(self.tensor.view(shape), layout)
+        if isinstance(layout, language.gl.NVMMASharedLayout) and len(self.shape) == 2 and len(shape) == 3:
+            # Rows of more than 128 bytes lie in parts of that, each behind the last row of the one before.
+            return Shared(self.tensor.unflatten(1, (shape[0], shape[2])).movedim(1, 0), layout)
+        return Shared(self.tensor.view(dtype).view(shape), layout)
 
     def load(self, layout=None):
         return value(self.tensor.clone())
@@ -169,10 +173,15 @@ class Language:
     def where(self, condition, x, y):
         return torch.where(torch.as_tensor(condition), torch.as_tensor(x), torch.as_tensor(y))
 
+    def full(self, shape, number, dtype, layout):
+        return value(torch.full(shape, number, dtype=dtype))
+
     def maximum(self, x, y):
+        x = torch.as_tensor(x)
         return torch.maximum(x, torch.as_tensor(y, dtype=x.dtype))
 
     def minimum(self, x, y):
+        x = torch.as_tensor(x)
         return torch.minimum(x, torch.as_tensor(y, dtype=x.dtype))
 
     def abs(self, x):
@@ -284,6 +293,8 @@ def run(kernel, programs: int, *arguments, num_warps: int = 8, **constants) -> N
         async_copy_global_to_shared=lambda into, at, mask=None: into.store(at.load(mask, 0)),
         # Every thread of the partition has made its copies.
         mbarrier_arrive=lambda barrier, increment_count: barrier.arrive(barrier.count),
+        commit_group=lambda: None,
+        wait_group=lambda pending: None,
     )
     for program in range(programs):
         gl = Language(program, programs, num_warps)

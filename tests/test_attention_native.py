@@ -112,7 +112,7 @@ def test_a_graph_serves_batches_cut_in_another_way(max_seqlen, turned):
 
 
 @paths
-@pytest.mark.parametrize("options", [{}, rotary(256, 64)], ids=["plain", "rotary"])
+@pytest.mark.parametrize("options", [{}, rotary(512, 64)], ids=["plain", "rotary"])
 def test_gradients_accumulate_in_a_graph_as_they_do_in_eager_code(path, options):
     lengths, sums = FULL[path], []
     arguments = boundaries(lengths), max(lengths)

@@ -1,10 +1,12 @@
 """Fixtures for every test."""
 
 import importlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_limits
 from torch.utils import deterministic
 
 NATIVE = torch.cuda.is_available()
@@ -44,6 +46,19 @@ def patched_once(patch_lang):
     return patch
 
 
+def once_for_each_name(get_np_dtype):
+    """The interpreter's `_get_np_dtype`, which makes a table of all types whenever it looks one up."""
+    found = {}
+
+    def get(dtype):
+        scalar = dtype.scalar
+        if scalar.name not in found:
+            found[scalar.name] = get_np_dtype(scalar)
+        return found[scalar.name]
+
+    return get
+
+
 if not NATIVE:
     # The interpreter takes 20 ms for each token that the backward pass walks over, however many walk side by side.
     EMBED_FILE._CHUNK, EMBED_FILE._SHARE = 8, 2
@@ -51,12 +66,20 @@ if not NATIVE:
         from triton.runtime import interpreter
 
         interpreter._patch_lang = patched_once(interpreter._patch_lang)
+        interpreter._get_np_dtype = once_for_each_name(interpreter._get_np_dtype)
+        # Each sum and product of integers is computed again in 64 bits, and that it fits in fewer asserted: a fifth of
+        # the interpreter's time, for asserts that it skips unless it debugs, which it cannot be told to.
+        options = interpreter.interpreter_builder.options
+        assert not options.debug
+        interpreter.interpreter_builder.options = replace(options, sanitize_overflow=False)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     # Tensors this small gain nothing from threads, and on a busy machine threads waiting for each other cost minutes.
     torch.set_num_threads(1)
+    with threadpool_limits(1):  # numpy's, with which the interpreter multiplies matrices
+        yield
 
 
 @pytest.fixture

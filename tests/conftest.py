@@ -1,7 +1,6 @@
 """Fixtures for every test."""
 
 import importlib
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,58 +19,11 @@ with pytest.MonkeyPatch.context() as patch:
     from cramfast.kernels import Launch
     from cramfast.kernels.language import AVAILABLE
 
-
-def patched_once(patch_lang):
-    """The interpreter's `_patch_lang`, which looks through all of Triton's language for what to replace: not again for
-    each function that a kernel calls, which is half of the interpreter's time."""
-    tl, done = importlib.import_module("triton.language"), set()
-
-    def patch(function):
-        languages = frozenset(id(value) for value in function.__globals__.values() if value is tl or value is tl.core)
-        if languages in done:
-            return None
-        is_kernel = not done
-        done.add(languages)
-        scope = patch_lang(function)
-        restore = scope.restore
-
-        def restored():
-            done.clear()
-            restore()
-
-        if is_kernel:
-            scope.restore = restored
-        return scope
-
-    return patch
-
-
-def once_for_each_name(get_np_dtype):
-    """The interpreter's `_get_np_dtype`, which makes a table of all types whenever it looks one up."""
-    found = {}
-
-    def get(dtype):
-        scalar = dtype.scalar
-        if scalar.name not in found:
-            found[scalar.name] = get_np_dtype(scalar)
-        return found[scalar.name]
-
-    return get
-
-
 if not NATIVE:
     # The interpreter takes 20 ms for each token that the backward pass walks over, however many walk side by side.
     EMBED_FILE._CHUNK, EMBED_FILE._SHARE = 8, 2
     if AVAILABLE:
-        from triton.runtime import interpreter
-
-        interpreter._patch_lang = patched_once(interpreter._patch_lang)
-        interpreter._get_np_dtype = once_for_each_name(interpreter._get_np_dtype)
-        # Each sum and product of integers is computed again in 64 bits, and that it fits in fewer asserted: a fifth of
-        # the interpreter's time, for asserts that it skips unless it debugs, which it cannot be told to.
-        options = interpreter.interpreter_builder.options
-        assert not options.debug
-        interpreter.interpreter_builder.options = replace(options, sanitize_overflow=False)
+        importlib.import_module("quick_interpreter").quicken()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,6 +1,8 @@
 """Triton's interpreter without work whose results it throws away or has already: what kernels compute is the same to
 the last bit."""
 
+import functools
+import inspect
 from dataclasses import replace
 
 import triton.language as tl
@@ -10,6 +12,7 @@ from triton.runtime import interpreter
 def quicken() -> None:
     """For the rest of the process."""
     interpreter._patch_lang = patched_once(interpreter._patch_lang)
+    interpreter._patch_builtin = of_known_names
     interpreter._get_np_dtype = once_for_each_name(interpreter._get_np_dtype)
     tl.core.block_type.__init__ = with_known_shapes(tl.core.block_type.__init__)
     tl.core.tensor.__init__ = of_known_shapes(tl.core.tensor.__init__)
@@ -46,6 +49,19 @@ def patched_once(patch_lang):
         return scope
 
     return patch
+
+
+@functools.lru_cache
+def builtins_of(package) -> list[str]:
+    return [name for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
+
+
+def of_known_names(package, builder, scope) -> None:
+    """The interpreter's `_patch_builtin`, which looks through all members of a package: not again for each launch."""
+    for name in builtins_of(package):
+        member = getattr(package, name)
+        if tl.core.is_builtin(member):  # and not replaced already
+            interpreter._patch_attr(package, name, member, builder, scope)
 
 
 def once_for_each_name(get_np_dtype):

@@ -3,6 +3,8 @@
 Shapes: T tokens, H heads, D head size.
 """
 
+import gc
+
 import pytest
 import torch
 from test_attention import (
@@ -190,6 +192,7 @@ def test_kernels_run_on_the_device_of_their_tensors(path):
 
 def requested(function):
     """What function() returns, and how many bytes its tensors took in all at the worst."""
+    gc.collect()  # or what earlier tests left is freed meanwhile
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_stats()["requested_bytes.all.current"]

@@ -305,6 +305,11 @@ def geglu(x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
 
     Raises as `gelu` does, and ValueError when the last dimension is not even.
     """
+    expect_geglu(x, approximate)
+    return pick("geglu", x, geglu_reference)(x, approximate)
+
+
+def expect_geglu(x: torch.Tensor, approximate: str) -> None:
+    """Raises what `geglu` raises of its arguments."""
     expect_even("geglu", "x", x)
     expect_choice("geglu", "approximate", approximate, APPROXIMATIONS)
-    return pick("geglu", x, geglu_reference)(x, approximate)

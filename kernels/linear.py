@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from .arguments import expect_choice
 from .dispatch import choose
 from .geglu_product import product_and_geglu, product_and_geglu_backward
-from .gelu import APPROXIMATIONS, geglu, geglu_forward
+from .gelu import APPROXIMATIONS, expect_geglu, geglu, geglu_forward
 from .layer_norm import add_layer_norm, norm_backward, norm_forward
 from .main_grad import add_product, claim, collects
 
@@ -141,6 +141,7 @@ def geglu_linear(
     second backward pass raises. Raises as `geglu` does.
     """
     if _accumulates(u, weight) and _has_kernels("geglu", u):
+        expect_geglu(u, approximate)
         return _GegluLinear.apply(u, None, weight, bias, approximate, recompute)
     return linear(geglu(u, approximate), weight, bias)
 

@@ -175,6 +175,17 @@ def test_a_second_backward_pass_after_geglu_is_computed_again_raises():
     assert torch.equal(leaves["weight"].main_grad, before)
 
 
+@pytest.mark.parametrize(
+    ("width", "approximate", "message"),
+    [(80, "sigmoid", r"geglu: approximate is 'sigmoid', expected"), (81, "none", r"geglu: x has shape \(3, 81\)")],
+)
+def test_what_geglu_refuses_is_refused_before_its_product(width, approximate, message):
+    u, weight = torch.zeros(3, width, device=DEVICE), torch.zeros(24, 40, device=DEVICE, requires_grad=True)
+    weight.main_grad = torch.zeros(24, 40, device=DEVICE)
+    with pytest.raises(ValueError, match=message):
+        geglu_linear(u, weight, None, approximate)
+
+
 @pytest.mark.parametrize(("operator", "recompute"), [("linear", False), ("geglu", False), ("add_layer_norm", True)])
 def test_a_second_backward_pass_adds_once_more(operator, recompute):
     inputs = make_inputs(operator, (63, 40, 24), torch.float32)

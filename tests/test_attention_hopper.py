@@ -44,7 +44,7 @@ def by_reference(qkv, dout, lengths, size, dtype, window=None, turned=False):
     qkv = qkv.to(dtype).requires_grad_()
     cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
     wide = torch.promote_types(dtype, torch.float32)
-    tables = dict(zip(("cos", "sin"), (t.to(wide) for t in rotary_tables(TILE, size, 10_000.0)), strict=True))
+    tables = dict(zip(("cos", "sin"), (t.to(wide) for t in rotary_tables(max(lengths), size, 10_000.0)), strict=True))
     out = varlen_attention_reference(qkv, cu_seqlens, max(lengths), window=window, **(tables if turned else {}))
     out.backward(dout.to(dtype))
     return out.detach(), qkv.grad

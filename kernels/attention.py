@@ -83,11 +83,6 @@ def varlen_attention_reference(
     return out_BSHD.reshape(total, heads, head_size) if uniform else out_BSHD[sequence, position]
 
 
-def _tile(device: torch.device, head_size: int, longest: int, rotary: bool, dropout: bool) -> int:
-    return tile_for(head_size, longest, rotary, dropout, capability_of(device))
-
-
-_remembered_tile = functools.lru_cache(_tile)
 _remembered_capability = functools.lru_cache(capability_of)
 
 
@@ -229,13 +224,12 @@ def has_kernels(dtype: torch.dtype, head_size: int, max_seqlen: int) -> bool:
 def attention_layout(cu_seqlens, total, head_size, max_seqlen, *, cos, sin, softmax_scale, window, dropout_p):
     """What the kernels are told of a batch of `total` tokens besides qkv, the same for every layer that has these
     options: the tensors (groups, bounds, angles) and the settings (tile, longest, scale, window, dropout)."""
-    # Tracing warns of a cache.
-    compiling = torch.compiler.is_compiling()
-    choose_tile, choose_capability = (_tile, capability_of) if compiling else (_remembered_tile, _remembered_capability)
-    tile = choose_tile(cu_seqlens.device, head_size, max_seqlen, cos is not None, dropout_p > 0)
+    look_up = capability_of if torch.compiler.is_compiling() else _remembered_capability  # tracing warns of a cache
+    capability, dropout = look_up(cu_seqlens.device), dropout_p > 0
+    tile = tile_for(head_size, max_seqlen, cos is not None, dropout, capability)
+    block = tile or block_for(head_size, max_seqlen, dropout, capability)
     groups = bounds = angles = None
     # Where the sequences just fill their tiles or blocks, nothing needs a mask.
-    block = tile or block_for(head_size, max_seqlen, dropout_p > 0, choose_capability(cu_seqlens.device))
     fitting = max_seqlen == tile if tile else max_seqlen % block == 0
     full = total == max_seqlen * (cu_seqlens.shape[0] - 1)
     if not (fitting and full and window is None and head_size != 96):

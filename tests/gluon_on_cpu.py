@@ -6,11 +6,13 @@ partition of a `warp_specialize` is a thread; a barrier that nobody completes is
 """
 
 import builtins
+import math
 import threading
 import time
 import types
 
 import torch
+import torch.nn.functional as F
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier as real_mbarrier
 
 from cramfast.kernels import attention_parts, language
@@ -66,28 +68,35 @@ class Pointer:
 class Shared:
     """Shared memory; what was never written is not a number, or no sensible one."""
 
-    def __init__(self, tensor: torch.Tensor, layout=None):
-        self.tensor, self.layout = tensor, layout
-        self.dtype, self.shape = tensor.dtype, list(tensor.shape)
+    def __init__(self, memory: torch.Tensor, shape, layout=None, order=None):
+        self.memory, self.shape, self.layout, self.order = memory, list(shape), layout, order
+        self.dtype = memory.dtype
 
     def index(self, i):
-        return Shared(self.tensor[i], self.layout)
+        return Shared(self.memory.view(self.shape[0], -1)[i], self.shape[1:], self.layout)
 
     def permute(self, order):
-        return Shared(self.tensor.permute(order), self.layout)
+        return Shared(self.memory, self.shape, self.layout, order)
 
     def _reinterpret(self, dtype, shape, layout):
-        if isinstance(layout, language.gl.NVMMASharedLayout) and len(self.shape) == 2 and len(shape) == 3:
-            # Rows of more than 128 bytes lie in parts of that, each behind the last row of the one before.
-            return Shared(self.tensor.unflatten(1, (shape[0], shape[2])).movedim(1, 0), layout)
-        return Shared(self.tensor.view(dtype).view(shape), layout)
+        return Shared(self.memory.view(dtype), shape, layout)
+
+    def _parts(self):
+        """The memory as it lies: of rows longer than a swizzle, a part lies behind the last row of the one before."""
+        *outer, rows, columns = (1, *self.shape)
+        width = columns
+        if isinstance(self.layout, language.gl.NVMMASharedLayout):
+            width = min(columns, self.layout.swizzle_byte_width // self.dtype.itemsize)
+        return self.memory.view(*outer, columns // width, rows, width).movedim(-3, -2)
 
     def load(self, layout=None):
-        return value(self.tensor.clone())
+        x = self._parts().reshape(self.shape)
+        return value((x if self.order is None else x.permute(self.order)).clone())
 
     def store(self, x):
-        assert x.dtype == self.dtype and list(x.shape) == self.shape
-        self.tensor.copy_(x)
+        assert x.dtype == self.dtype and list(x.shape) == self.shape and self.order is None
+        parts = self._parts()
+        parts.copy_(x.reshape(parts.shape))
 
 
 class Barrier:
@@ -129,9 +138,8 @@ class Descriptor:
         assert into.shape == list(self.block)
         (row, column), (rows, columns) = map(int, at), self.block
         part = self.matrix[row : row + rows, column : column + columns]
-        into.tensor.zero_()
-        into.tensor[: part.shape[0], : part.shape[1]] = part
-        barrier.arrive(copied=into.tensor.nbytes)
+        into.store(F.pad(part, (0, columns - part.shape[1], 0, rows - part.shape[0])))
+        barrier.arrive(copied=into.memory.nbytes)
 
 
 class Language:
@@ -218,7 +226,8 @@ class Language:
         if isinstance(layout, real_mbarrier.MBarrierLayout):
             barriers = [Barrier(self._failed) for _ in range(shape[0])]
             return types.SimpleNamespace(index=barriers.__getitem__)
-        return Shared(torch.full(shape, float("nan") if dtype.is_floating_point else 99, dtype=dtype), layout)
+        missing = float("nan") if dtype.is_floating_point else 99
+        return Shared(torch.full((math.prod(shape),), missing, dtype=dtype), shape, layout)
 
     def warp_specialize(self, partitions, warps, registers):
         assert len(warps) == len(registers) == len(partitions) - 1
@@ -244,8 +253,8 @@ class Language:
 
 
 def _product(a, b, acc, use_acc=True, is_async=False):
-    a = a.tensor if isinstance(a, Shared) else a
-    product = a.as_subclass(torch.Tensor).float() @ b.tensor.float()
+    a = a.load() if isinstance(a, Shared) else a
+    product = a.as_subclass(torch.Tensor).float() @ b.load().as_subclass(torch.Tensor).float()
     return value(acc + product if use_acc else product)
 
 

@@ -16,10 +16,10 @@ waits. A barrier is waited for by the parity of how often its stage has been use
 Symbols in comments: T tokens of the batch, H heads, D head size.
 """
 
-from .attention_hopper_parts import eights, fetch_line, fetch_rows, half_rows, store_rows, turn, whole_rows
-from .attention_parts import group_at, sight_of
+from .attention_hopper_parts import fetch_line, fetch_rows, items_of, note_delta, note_sight, seen_in, store_block
+from .attention_parts import group_at
 from .language import async_copy, fence_async_shared, gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait
-from .tiles import chunk_of, split, vectors
+from .tiles import split
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 BLOCK = gl.constexpr(128)
@@ -35,67 +35,10 @@ def _make_barriers():
 
 
 @gluon.jit
-def _items(groups_ptr, T, span, H: gl.constexpr):
-    """How many there are for all programs together: heads of groups."""
-    if groups_ptr is None:
-        return T // span * H
-    else:
-        return gl.load(groups_ptr) * H
-
-
-@gluon.jit
 def _group_of(groups_ptr, item, span, H: gl.constexpr):
     """Head, and the group's first token and length."""
     start, length = group_at(groups_ptr, item // H, span)
     return item % H, start, length
-
-
-@gluon.jit
-def _note_sight(line, bounds_ptr, start, first, length, T, window, WINDOWED: gl.constexpr):
-    """The first and last place that each row of a block sees, in a byte each; the last is before the first if none."""
-    place = first + gl.arange(0, BLOCK, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-    low, size = sight_of(bounds_ptr, start, place, place < length, T, window, WINDOWED)
-    none = size == 0
-    low, last = gl.where(none, 1, low), gl.where(none, 0, low + size.to(gl.int32) - 1)
-    line.store((low | (last << 8)).to(gl.int16))
-
-
-@gluon.jit
-def _from(place, lane):
-    """Bits of a row's 32 places in a thread, set for those at or beyond a `place` of the block."""
-    count = 2 * (place >> 3) + gl.minimum(gl.maximum((place & 7) - lane, 0), 2)
-    return (-1 << (count >> 1)) << (count - (count >> 1))  # by 32 at once would be undefined
-
-
-@gluon.jit
-def _seen_of(line, key, scores: gl.constexpr):
-    """Which places of the block of keys at `key` each row sees, from what `_note_sight` notes."""
-    # A thread has two of each eight columns: a bit for each of them is all that it keeps of a row's sight.
-    layout: gl.constexpr = eights(gl.num_warps())
-    pairs: gl.constexpr = gl.SliceLayout(1, layout)
-    sight = line.load(gl.SliceLayout(1, pairs)).to(gl.int32)
-    low, end = (sight & 0xFF) - key, ((sight >> 8) & 0xFF) + 1 - key
-    low, end = gl.minimum(gl.maximum(low, 0), BLOCK), gl.minimum(gl.maximum(end, 0), BLOCK)
-    rest = gl.arange(0, 8, layout=gl.SliceLayout(0, pairs))
-    bits = _from(low[:, None], (rest & 6)[None, :]) & ~_from(end[:, None], (rest & 6)[None, :])
-    eight = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))
-    which = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout))) & 1
-    bit = 2 * eight[None, :, None] + which[None, None, :]
-    seen = gl.reshape((bits[:, None, :] >> bit) & 1, [layout.shape[0], BLOCK]) != 0
-    return gl.convert_layout(seen, scores, assert_trivial=True)
-
-
-@gluon.jit
-def _note_delta(line, outs, douts, stage):
-    """rowsum(out * dout) of a block of rows."""
-    D: gl.constexpr = douts.shape[2]
-    ROWS: gl.constexpr = 256 // D * gl.num_warps() * 2
-    layout: gl.constexpr = vectors(D, gl.num_warps())
-    pieces = line._reinterpret(gl.float32, [BLOCK // ROWS, ROWS], line.layout)
-    for piece in gl.static_range(BLOCK // ROWS):
-        out = chunk_of(outs, 2 * stage, piece, ROWS).load(layout).to(gl.float32)
-        dout = chunk_of(douts, stage, piece, ROWS).load(layout).to(gl.float32)
-        pieces.index(piece).store(gl.sum(out * dout, 1))
 
 
 @gluon.jit
@@ -122,7 +65,7 @@ def _multiply(groups_ptr, tiles, weights, parts, lines, barriers, T, span, scale
     of_rows: gl.constexpr = gl.SliceLayout(1, square)
     item, block = gl.program_id(0), 0
     # Asked for again and again: there is no register to keep it in.
-    while item < _items(groups_ptr, T, span, H):
+    while item < items_of(groups_ptr, T, span, H):
         length = _group_of(groups_ptr, item, span, H)[2]
         dk = gl.zeros([BLOCK, D], gl.float32, narrow)
         dv = gl.zeros([BLOCK, D], gl.float32, narrow)
@@ -148,7 +91,7 @@ def _multiply(groups_ptr, tiles, weights, parts, lines, barriers, T, span, scale
             lse = lse_lines.index(stage).load(of_rows)
             p = gl.exp2(s * (scale * LOG2_E) - lse[:, None])
             if MASKED:
-                p = gl.where(_seen_of(sights.index(stage), key * BLOCK, square), p, 0.0)
+                p = gl.where(seen_in(sights.index(stage), key * BLOCK, BLOCK, square), p, 0.0)
             _write(weights, p.to(dtype))
             fence_async_shared()
             dv = warpgroup_mma(weights.permute((1, 0)), dout, dv, use_acc=query > 0, is_async=True)
@@ -176,39 +119,6 @@ def _multiply(groups_ptr, tiles, weights, parts, lines, barriers, T, span, scale
                 key, query = key + 1, 0
         item += gl.num_programs(0)
         block += blocks
-
-
-@gluon.jit
-def _store_block(
-    tiles, stage, dqkv_ptr, angles_ptr, head, start, first, length,
-    WHICH: gl.constexpr, H: gl.constexpr, MASKED: gl.constexpr,
-):  # fmt: skip
-    """The gradient of a block of q, k or v, which is 0, 1 or 2; where there are angles, of turned rows as that of rows
-    before."""
-    D: gl.constexpr = tiles.shape[2]
-    whole: gl.constexpr = whole_rows(D, gl.num_warps())
-    half: gl.constexpr = half_rows(D, gl.num_warps())
-    ROWS: gl.constexpr = whole.shape[0]
-    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, half))
-    columns = gl.arange(0, D // 2, layout=gl.SliceLayout(0, half))
-    # How many there are is not known when compiling: unrolled, this would take more registers than there are.
-    for chunk in range((gl.minimum(length - first, BLOCK) + ROWS - 1) // ROWS):
-        place = first + chunk * ROWS + rows
-        valid = place < length
-        x1, x2 = split(chunk_of(tiles, stage, chunk, ROWS).load(whole), half)
-        if angles_ptr is not None:
-            if MASKED:
-                at = angles_ptr + ((start + place).to(gl.int64)[:, None] * D + columns[None, :])
-                cos = gl.load(at, mask=valid[:, None], other=0.0)
-                sin = gl.load(at + D // 2, mask=valid[:, None], other=0.0)
-            else:
-                at = angles_ptr + (place[:, None] * D + columns[None, :])
-                cos, sin = gl.load(at), gl.load(at + D // 2)
-            x1, x2 = turn(x1, x2, cos.to(gl.float32), -sin.to(gl.float32))
-        column = (WHICH * H + head) * D + columns
-        at = dqkv_ptr + ((start + place).to(gl.int64)[:, None] * (3 * H * D) + column[None, :])
-        store_rows(at, x1, valid, MASKED)
-        store_rows(at + D // 2, x2, valid, MASKED)
 
 
 @gluon.jit
@@ -240,7 +150,7 @@ def _move(
     ROW: gl.constexpr = 3 * H * D
     # Where dq of the first keys will be: until then nobody has been there.
     outs = parts._reinterpret(q_tiles.dtype, [2 * STAGES, BLOCK, D], q_tiles.layout)
-    items = _items(groups_ptr, T, span, H)
+    items = items_of(groups_ptr, T, span, H)
     end = 2 * ((items - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0))
     position, n = gl.minimum(end, 0), 0
     position_ahead, ahead = position, n
@@ -250,8 +160,8 @@ def _move(
         if storing:
             head, start, length, first = _block_at(groups_ptr, position, span, H)
             mbarrier.wait(kv_done.index(n % STAGES), n // STAGES & 1)
-            _store_block(k_tiles, n % STAGES, dqkv_ptr, angles_ptr, head, start, first, length, 1, H, MASKED)
-            _store_block(v_tiles, n % STAGES, dqkv_ptr, None, head, start, first, length, 2, H, MASKED)
+            store_block(k_tiles, n % STAGES, dqkv_ptr, angles_ptr, head, start, first, length, None, 1, H, MASKED)
+            store_block(v_tiles, n % STAGES, dqkv_ptr, None, head, start, first, length, None, 2, H, MASKED)
         if loading:
             head, start, length, first = _block_at(groups_ptr, position_ahead, span, H)
             stage, at, left = ahead % STAGES, start + first, length - first
@@ -260,7 +170,7 @@ def _move(
         if storing:
             head, start, length, first = _block_at(groups_ptr, position, span, H)
             mbarrier.wait(done.index(n % STAGES), n // STAGES & 1)
-            _store_block(q_tiles, n % STAGES, dqkv_ptr, angles_ptr, head, start, first, length, 0, H, MASKED)
+            store_block(q_tiles, n % STAGES, dqkv_ptr, angles_ptr, head, start, first, length, None, 0, H, MASKED)
             position, n = _after(position, length), n + 1
         if loading:
             head, start, length, first = _block_at(groups_ptr, position_ahead, span, H)
@@ -271,9 +181,9 @@ def _move(
             fetch_line(lse_lines.index(stage), lse_ptr + head.to(gl.int64) * T, at, left, MASKED)
             async_copy.commit_group()
             if MASKED:
-                _note_sight(sights.index(stage), bounds_ptr, start, first, length, T, window, WINDOWED)
+                note_sight(sights.index(stage), bounds_ptr, start, first, length, T, window, WINDOWED)
             async_copy.wait_group(0)
-            _note_delta(deltas.index(stage), outs, dout_tiles, stage)
+            note_delta(deltas.index(stage), outs, 2 * stage, dout_tiles, stage, None, BLOCK)
             fence_async_shared()
             mbarrier.arrive(ready.index(stage), count=1)
             position_ahead, ahead = _after(position_ahead, length), ahead + 1

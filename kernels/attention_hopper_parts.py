@@ -1,4 +1,4 @@
-"""What the kernels of `attention_hopper.py` are put together from: layouts, rows on their way to shared memory and
+"""What the kernels of attention for Hopper are put together from: layouts, rows on their way to shared memory and
 back, rotary embedding, masks, and the warps that prepare tiles.
 
 Symbols in comments: T tokens of the batch, H heads, D head size.
@@ -29,12 +29,12 @@ def half_rows(size, warps):
 
 
 @gluon.constexpr_function
-def eights(warps):
-    """Layout of scores (16 * warps, 128) as a matrix product leaves them, their columns in eights: (.., 16, 8)."""
-    registers = [[0, 0, 1], [8, 0, 0], [0, 1, 0], [0, 2, 0], [0, 4, 0], [0, 8, 0]]
+def eights(warps, columns=128):
+    """Layout of scores (16 * warps, columns) as a matrix product leaves them, their columns in eights: (.., .., 8)."""
+    registers = [[0, 0, 1], [8, 0, 0], *([0, 1 << i, 0] for i in range((columns // 8).bit_length() - 1))]
     lanes, rows = [[0, 0, 2], [0, 0, 4], [1, 0, 0], [2, 0, 0], [4, 0, 0]], 16 * warps
     of_warps = [[16 << i, 0, 0] for i in range(warps.bit_length() - 1)]
-    return gl.DistributedLinearLayout(registers, lanes, of_warps, [], [rows, 16, 8])
+    return gl.DistributedLinearLayout(registers, lanes, of_warps, [], [rows, columns // 8, 8])
 
 
 @gluon.jit
@@ -174,3 +174,105 @@ def store_rows(pointer, x, valid, MASKED: gl.constexpr):
         gl.store(pointer, x, mask=valid[:, None])
     else:
         gl.store(pointer, x)
+
+
+@gluon.jit
+def items_of(groups_ptr, T, span, H: gl.constexpr):
+    """How many there are for all programs together, of what one does at a time: heads of groups."""
+    if groups_ptr is None:
+        return T // span * H
+    else:
+        return gl.load(groups_ptr) * H
+
+
+@gluon.jit
+def note_sight(line, bounds_ptr, start, first, length, T, window, WINDOWED: gl.constexpr):
+    """The first and last place that each row of a block sees, in half of the bits each; the last is before the first if
+    none."""
+    BITS: gl.constexpr = 8 if line.dtype == gl.int16 else 16
+    place = first + gl.arange(0, line.shape[0], layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    low, size = sight_of(bounds_ptr, start, place, place < length, T, window, WINDOWED)
+    none = size == 0
+    low, last = gl.where(none, 1, low), gl.where(none, 0, low + size.to(gl.int32) - 1)
+    line.store((low | (last << BITS)).to(line.dtype))
+
+
+@gluon.jit
+def _from(place, lane):
+    """Bits of a row's places in a thread, two of each eight, set for those at or beyond a `place` of 128."""
+    count = 2 * (place >> 3) + gl.minimum(gl.maximum((place & 7) - lane, 0), 2)
+    return (-1 << (count >> 1)) << (count - (count >> 1))  # by 32 at once would be undefined
+
+
+@gluon.jit
+def seen_in(line, first, COLUMNS: gl.constexpr, scores: gl.constexpr):
+    """Which of the places from `first` on each row sees, (rows, COLUMNS), from what `note_sight` notes."""
+    # A thread has two of each eight columns: a bit for each of them is all that it keeps of a row's sight.
+    BITS: gl.constexpr = 8 if line.dtype == gl.int16 else 16
+    MASK: gl.constexpr = (1 << BITS) - 1
+    layout: gl.constexpr = eights(gl.num_warps(), COLUMNS)
+    pairs: gl.constexpr = gl.SliceLayout(1, layout)
+    sight = line.load(gl.SliceLayout(1, pairs)).to(gl.int32)
+    low, end = (sight & MASK) - first, ((sight >> BITS) & MASK) + 1 - first
+    low, end = gl.minimum(gl.maximum(low, 0), COLUMNS), gl.minimum(gl.maximum(end, 0), COLUMNS)
+    rest = gl.arange(0, 8, layout=gl.SliceLayout(0, pairs))
+    bits = _from(low[:, None], (rest & 6)[None, :]) & ~_from(end[:, None], (rest & 6)[None, :])
+    eight = gl.arange(0, COLUMNS // 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))
+    which = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout))) & 1
+    bit = 2 * eight[None, :, None] + which[None, None, :]
+    seen = gl.reshape((bits[:, None, :] >> bit) & 1, [layout.shape[0], COLUMNS]) != 0
+    return gl.convert_layout(seen, scores, assert_trivial=True)
+
+
+@gluon.jit
+def note_delta(line, outs, which, douts, stage, pointer, length):
+    """rowsum(out * dout) of a block of rows; to memory too, as many as there are, unless `pointer` is None."""
+    D: gl.constexpr = douts.shape[2]
+    ROWS: gl.constexpr = 256 // D * gl.num_warps() * 2
+    PIECES: gl.constexpr = douts.shape[1] // ROWS
+    layout: gl.constexpr = vectors(D, gl.num_warps())
+    pieces = line._reinterpret(gl.float32, [PIECES, ROWS], line.layout)
+    for piece in gl.static_range(PIECES):
+        out = chunk_of(outs, which, piece, ROWS).load(layout).to(gl.float32)
+        dout = chunk_of(douts, stage, piece, ROWS).load(layout).to(gl.float32)
+        delta = gl.sum(out * dout, 1)
+        pieces.index(piece).store(delta)
+        if pointer is not None:
+            place = piece * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+            gl.store(pointer + place, delta, mask=place < length)
+
+
+@gluon.jit
+def store_block(
+    tiles, stage, dqkv_ptr, angles_ptr, head, start, first, length, scale,
+    WHICH: gl.constexpr, H: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """The gradient of a block of q, k or v, which is 0, 1 or 2, times `scale` unless that is None; where there are
+    angles, of turned rows as that of rows before."""
+    D: gl.constexpr = tiles.shape[2]
+    whole: gl.constexpr = whole_rows(D, gl.num_warps())
+    half: gl.constexpr = half_rows(D, gl.num_warps())
+    ROWS: gl.constexpr = whole.shape[0]
+    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, half))
+    columns = gl.arange(0, D // 2, layout=gl.SliceLayout(0, half))
+    # How many there are is not known when compiling: unrolled, this would take more registers than there are.
+    for chunk in range((gl.minimum(length - first, tiles.shape[1]) + ROWS - 1) // ROWS):
+        place = first + chunk * ROWS + rows
+        valid = place < length
+        x1, x2 = split(chunk_of(tiles, stage, chunk, ROWS).load(whole), half)
+        if scale is not None:
+            x1, x2 = x1 * scale, x2 * scale
+        if angles_ptr is not None:
+            if MASKED:
+                at = angles_ptr + ((start + place).to(gl.int64)[:, None] * D + columns[None, :])
+                cos = gl.load(at, mask=valid[:, None], other=0.0)
+                sin = gl.load(at + D // 2, mask=valid[:, None], other=0.0)
+            else:
+                at = angles_ptr + (place[:, None] * D + columns[None, :])
+                cos, sin = gl.load(at), gl.load(at + D // 2)
+            x1, x2 = turn(x1, x2, cos.to(gl.float32), -sin.to(gl.float32))
+        column = (WHICH * H + head) * D + columns
+        at = dqkv_ptr + ((start + place).to(gl.int64)[:, None] * (3 * H * D) + column[None, :])
+        dtype: gl.constexpr = dqkv_ptr.dtype.element_ty
+        store_rows(at, x1.to(dtype), valid, MASKED)
+        store_rows(at + D // 2, x2.to(dtype), valid, MASKED)

@@ -11,7 +11,8 @@ and no groups are needed.
 - `forward_blocks`, `backward_queries`, `backward_keys`: a group spans blocks. The softmax is rescaled from block to
   block; backward goes over the pairs of blocks twice, once for dq and once for dk and dv. That is 7 products where one
   pass takes 5, yet faster: one pass has to add to dk and dv in memory, and holds so much that nothing runs beside it.
-  Where all of a group is on the chip, up to 256 tokens on Hopper, one pass does not (`attention_hopper_blocks.py`).
+  On Hopper, one pass does not: up to 256 tokens all of a group is on the chip (`attention_hopper_blocks.py`), up to
+  512 its dq (`attention_hopper_steps.py`).
 
 No program writes what another writes: there are no atomics, and results are the same every time.
 

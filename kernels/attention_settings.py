@@ -7,6 +7,7 @@ import torch
 
 from .attention_hopper import backward_tile_hopper, forward_tile_hopper
 from .attention_hopper_blocks import backward_blocks_hopper
+from .attention_hopper_steps import backward_steps_hopper
 from .attention_kernels import backward_keys, backward_queries, backward_tile, forward_blocks, forward_tile
 from .language import GLUON_AVAILABLE, triton
 from .launch import Launch, catalogue
@@ -53,12 +54,22 @@ class Resident:
 
 
 @dataclass(frozen=True)
+class Stream:
+    """For the kernel of `attention_hopper_steps.py`: how many registers a thread has of the eight warps that multiply,
+    and of the four that load, beside four that store; `programs` as in `Tuning`."""
+
+    registers: int
+    loader_registers: int
+    programs: int = 1
+
+
+@dataclass(frozen=True)
 class Setting:
-    """A tuning for each kernel of a forward and a backward pass; only blocks have `backward_keys`, and not where a
-    group is resident."""
+    """A tuning for each kernel of a forward and a backward pass; only blocks have `backward_keys`, where backward takes
+    two passes."""
 
     forward: Tuning | Ring
-    backward: Tuning | Ring | Resident
+    backward: Tuning | Ring | Resident | Stream
     backward_keys: Tuning | None = None
 
 
@@ -73,6 +84,7 @@ _TURNED_MASKED_RING_OF_32 = Setting(Ring(3, 4, 72, 4, 64), Ring(3, 4, 72, 4, 72)
 _DENSE_BLOCKS = Setting(Tuning(4, 3), Tuning(4, 3), Tuning(4, 3, registers=128, step=32))
 _BLOCKS = Setting(Tuning(4, 3), Tuning(4, 3, step=32), Tuning(4, 4, step=32))
 _RESIDENT_BLOCKS = Setting(Tuning(4, 3), Resident(224))
+_STREAM = Setting(Tuning(4, 3), Stream(208, 48))
 _DROPPING_BLOCKS = Setting(Tuning(4, 3), Tuning(4, 3, step=32), Tuning(4, 3, step=32))
 _WIDE_BLOCKS = Setting(Tuning(8, 2), Tuning(8, 2), Tuning(8, 2, step=32))
 _WIDE_BLOCKS_OF_120 = Setting(Tuning(8, 2), Tuning(8, 1), Tuning(8, 2, step=32))
@@ -88,11 +100,11 @@ def tile_for(head_size: int, longest: int, rotary: bool, dropout: bool, capabili
     return 128 if GLUON_AVAILABLE and head_size <= 64 and longest <= 128 and 90 <= capability < 100 else 0
 
 
-def block_for(head_size: int, longest: int, dropout: bool, capability: int) -> int:
+def block_for(head_size: int, dropout: bool, capability: int) -> int:
     """Tokens of which groups are made where there is no tile: as many as go together at the most, and of which a group
-    that needs no mask has a multiple. 128 where `attention_hopper_blocks.py` takes the backward pass."""
-    resident = GLUON_AVAILABLE and head_size <= 64 and longest <= 256 and not dropout and 90 <= capability < 100
-    return 2 * BLOCK if resident else BLOCK
+    that needs no mask has a multiple. 128 where a kernel for Hopper takes the backward pass."""
+    one_pass = GLUON_AVAILABLE and head_size <= 64 and not dropout and 90 <= capability < 100
+    return 2 * BLOCK if one_pass else BLOCK
 
 
 def setting_for(
@@ -109,8 +121,8 @@ def setting_for(
         return _SMALL_TURNED_MASKED_TILE if masked else _SMALL_TURNED_TILE
     if tile:
         return _SMALL_TILE
-    if native and block_for(head_size, longest, dropout, capability) > BLOCK:
-        return _RESIDENT_BLOCKS
+    if native and block_for(head_size, dropout, capability) > BLOCK:
+        return _RESIDENT_BLOCKS if longest <= 256 else _STREAM
     if head_size > 64:
         return _WIDE_BLOCKS if capability < 120 else _WIDE_BLOCKS_OF_120
     if 90 <= capability < 120:
@@ -120,11 +132,12 @@ def setting_for(
 
 @functools.lru_cache
 def launch_for(
-    kernel, tuning: Tuning | Ring | Resident, tensors: tuple, heads: int, head_size: int, tile: int, windowed: bool
-) -> Launch:
+    kernel, tuning: Tuning | Ring | Resident | Stream, tensors: tuple, heads: int, head_size: int, tile: int,
+    windowed: bool,
+) -> Launch:  # fmt: skip
     """One of the kernels for `tensors`, a dtype for each of its pointers, in tiles, or blocks where `tile` is 0. With a
-    ring, that of `attention_hopper.py` which does the same; where groups are resident, `backward_queries` stands for
-    the one that does all of the backward pass."""
+    ring, that of `attention_hopper.py` which does the same; where one kernel does all of the backward pass over blocks,
+    `backward_queries` stands for it."""
     # Without masks, sequences fill tiles or blocks: their tokens, and those of all together, are a multiple of 16.
     tokens = "i32" if torch.int32 in tensors else "i32:16"
     scalars = (tokens, "i32" if tile else tokens, "i32", "fp32", "fp32")
@@ -138,6 +151,10 @@ def launch_for(
     if isinstance(tuning, Resident):
         constants |= {"WINDOWED": windowed, "MULTIPLIERS": 8, "MULTIPLIERS_REGISTERS": tuning.registers}
         return Launch(backward_blocks_hopper, tensors, scalars[:-1], constants, num_warps=4)
+    if isinstance(tuning, Stream):
+        constants |= {"WINDOWED": windowed, "MULTIPLIERS_REGISTERS": tuning.registers}
+        constants |= {"LOADERS_REGISTERS": tuning.loader_registers}
+        return Launch(backward_steps_hopper, tensors, scalars[:-1], constants, num_warps=4)
     constants |= {"WIDTH": triton.next_power_of_2(head_size)} | size
     if not tile:
         constants["STEP"] = tuning.step
@@ -151,7 +168,8 @@ def _launches(dtype, capability):
         return []
     every = [(masked, rotary, False) for masked in (False, True) for rotary in (False, True)]
     with_dropout = (True, False, True)
-    of_hopper = {(32, 128): every, (64, 128): [*every, with_dropout], (32, 256): every, (64, 256): every}
+    of_hopper = dict.fromkeys(((32, 128), (32, 256), (32, 512), (64, 256)), every)
+    of_hopper |= {(64, 128): [*every, with_dropout]}
     cases = {
         (64, 64): [*every, with_dropout],
         **(of_hopper if capability == 90 else {}),
@@ -182,6 +200,11 @@ def _pass(dtype, head_size, longest, masked, rotary, dropout, capability):
         kernels = [
             (forward_blocks, setting.forward, (dtype, *groups, seed, dtype, f32)),
             (backward_queries, setting.backward, (dtype, dtype, dtype, f32, *groups, angles, dtype)),
+        ]
+    elif isinstance(setting.backward, Stream):
+        kernels = [
+            (forward_blocks, setting.forward, (dtype, *groups, seed, dtype, f32)),
+            (backward_queries, setting.backward, (dtype, dtype, dtype, f32, *groups, angles, dtype, f32)),
         ]
     else:
         options = (*groups, angles, seed)

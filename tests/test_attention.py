@@ -47,7 +47,7 @@ PATHS = {
     "blocks with masks": (140, 20, 30, 0, 64),
 }
 if NATIVE:  # the interpreter takes those before for all lengths
-    PATHS |= {"long blocks": (320,), "long blocks with masks": (260, 20, 30, 0, 64)}
+    PATHS |= {"long blocks": (384,), "long blocks with masks": (260, 20, 30, 0, 64)}
 DENSE = [path for path in PATHS if "masks" not in path]
 paths = pytest.mark.parametrize("path", PATHS)
 ATTENTION_FILE = importlib.import_module("cramfast.kernels.attention")

@@ -1,7 +1,9 @@
-"""The kernel of `attention_hopper_blocks.py` on the CPU, where `gluon_on_cpu` stands in for Gluon. On a card of compute
-capability 9.0 all tests of attention run it as it is."""
+"""The kernels of `attention_hopper_blocks.py` and `attention_hopper_steps.py` on the CPU, where `gluon_on_cpu` stands
+in for Gluon. On a card of compute capability 9.0 all tests of attention run them as they are."""
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from gluon_on_cpu import run
 from test_attention_hopper import by_reference
 
 from cramfast.kernels.attention_hopper_blocks import backward_blocks_hopper
+from cramfast.kernels.attention_hopper_steps import backward_steps_hopper
 from cramfast.kernels.long_attention import turn
 from cramfast.kernels.rotary import token_angles
 from cramfast.kernels.sequences import group_sequences
@@ -17,8 +20,35 @@ from cramfast.model import rotary_tables
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter for what is not Gluon")
 
-HEADS, BLOCK, SPAN = 2, 128, 256
-EQUAL, RAGGED = (256,) * 3, (200, 1, 17, 63, 129, 256, 128, 3, 3, 3, 255, 20)
+HEADS, BLOCK = 2, 128
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """`span`: of its longest sequence; `ragged`: lengths of many kinds."""
+
+    function: Any
+    span: int
+    ragged: tuple[int, ...]
+    notes_delta: bool
+    constants: dict[str, int]
+
+
+BLOCKS = Kernel(
+    backward_blocks_hopper,
+    span=256,
+    ragged=(200, 1, 17, 63, 129, 256, 128, 3, 3, 3, 255, 20),
+    notes_delta=False,
+    constants={"MULTIPLIERS": 8, "MULTIPLIERS_REGISTERS": 224},
+)
+STEPS = Kernel(
+    backward_steps_hopper,
+    span=512,
+    ragged=(200, 1, 17, 63, 129, 400, 3, 3, 3, 512, 20, 300, 64, 65, 384, 30),
+    notes_delta=True,
+    constants={"MULTIPLIERS_REGISTERS": 208, "LOADERS_REGISTERS": 48},
+)
+kernels = pytest.mark.parametrize("kernel", [pytest.param(BLOCKS, id="blocks"), pytest.param(STEPS, id="steps")])
 
 
 def forward(qkv, lengths, window):
@@ -35,65 +65,89 @@ def forward(qkv, lengths, window):
     return torch.cat(outs), torch.cat(lses, dim=1)
 
 
-def backward(qkv, dout, lengths, size, programs, window=None, turned=False):
+def backward(kernel, qkv, dout, lengths, programs, window=None, turned=False):
     """dqkv by the kernel."""
-    total, span = qkv.shape[0], max(lengths)
+    (total, _, _, size), span = qkv.shape, max(lengths)
     masked = len({*lengths}) > 1 or span % BLOCK > 0 or window is not None
     cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
     groups = bounds = angles = None
     if masked:
         groups, bounds = group_sequences(cu_seqlens, total, span, BLOCK)
     if turned:
-        tables = rotary_tables(SPAN, size, 10_000.0)
+        tables = rotary_tables(kernel.span, size, 10_000.0)
         angles = token_angles(*tables, bounds, total if masked else span)
         qkv = turn(qkv, cu_seqlens, *tables)
     (out, lse), dqkv = forward(qkv.float(), lengths, window), torch.full_like(qkv, float("nan"))
-    tensors = (dout, qkv, out.to(qkv.dtype), lse, groups, bounds, angles, dqkv)
+    deltas = [torch.full_like(lse, float("nan"))] if kernel.notes_delta else []
+    tensors = (dout, qkv, out.to(qkv.dtype), lse, groups, bounds, angles, dqkv, *deltas)
     scalars = (total, span, -1 if window is None else window, size**-0.5)
-    constants = {"WINDOWED": window is not None, "MULTIPLIERS": 8, "MULTIPLIERS_REGISTERS": 224}
-    run(backward_blocks_hopper, programs, *tensors, *scalars, H=HEADS, D=size, num_warps=4, **constants)
+    constants = kernel.constants | {"H": HEADS, "D": size, "WINDOWED": window is not None}
+    run(kernel.function, programs, *tensors, *scalars, num_warps=4, **constants)
     return dqkv
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(
-    ("lengths", "size", "options"),
-    [
-        pytest.param(EQUAL, 64, {}, id="full blocks"),
-        pytest.param(EQUAL, 64, {"turned": True}, id="full blocks, rotary"),
-        pytest.param((128,) * 3, 32, {"turned": True}, id="one block each, rotary, heads of 32"),
-        pytest.param(RAGGED, 64, {}, id="ragged"),
-        pytest.param(RAGGED, 64, {"turned": True}, id="ragged, rotary"),
-        pytest.param(RAGGED, 32, {"turned": True, "window": 20}, id="ragged, rotary, window, heads of 32"),
-        pytest.param(EQUAL, 64, {"window": 130}, id="a window of more than a block"),
-        pytest.param(EQUAL, 64, {"window": 0}, id="a window of the token alone"),
-        pytest.param((129,), 64, {"turned": True}, id="a block and a token"),
-        pytest.param((192,) * 2, 64, {"turned": True}, id="half blocks"),
-    ],
-)
-def test_results_are_as_exact_as_the_reference(lengths, size, options, dtype):
+def batch(lengths, size=64, dtype=torch.bfloat16):
+    """qkv, and a gradient for the output."""
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(sum(lengths), 3, HEADS, size, generator=generator).to(dtype)
-    dout = torch.randn(sum(lengths), HEADS, size, generator=generator).to(dtype)
+    return qkv, torch.randn(sum(lengths), HEADS, size, generator=generator).to(dtype)
+
+
+def assert_as_exact_as_the_reference(kernel, lengths, size, dtype, **options):
+    qkv, dout = batch(lengths, size, dtype)
     _, exact = by_reference(qkv, dout, lengths, size, torch.float64, **options)
     _, of_dtype = by_reference(qkv, dout, lengths, size, dtype, **options)
-    found = backward(qkv, dout, lengths, size, programs=3, **options)
+    found = backward(kernel, qkv, dout, lengths, programs=3, **options)
     for which in range(3):
         error, allowed = (found - exact)[:, which].norm(), 2 * (of_dtype - exact)[:, which].norm()
         assert error <= allowed, "qkv"[which]
 
 
-@pytest.mark.parametrize("lengths", [EQUAL, RAGGED], ids=["full", "ragged"])
-def test_who_does_the_work_does_not_matter(lengths):
+@kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("ragged", "size", "options"),
+    [
+        pytest.param(False, 64, {}, id="full"),
+        pytest.param(False, 64, {"turned": True}, id="full, rotary"),
+        pytest.param(False, 64, {"window": 130}, id="full, a window of more than a block"),
+        pytest.param(False, 64, {"window": 0}, id="full, a window of the token alone"),
+        pytest.param(True, 64, {}, id="ragged"),
+        pytest.param(True, 64, {"turned": True}, id="ragged, rotary"),
+        pytest.param(True, 32, {"turned": True, "window": 20}, id="ragged, rotary, window, heads of 32"),
+    ],
+)
+def test_results_are_as_exact_as_the_reference(kernel, ragged, size, options, dtype):
+    lengths = kernel.ragged if ragged else (kernel.span,) * 3
+    assert_as_exact_as_the_reference(kernel, lengths, size, dtype, **options)
+
+
+@kernels
+@pytest.mark.parametrize(
+    ("lengths", "size"),
+    [((128,) * 3, 32), ((129,), 64), ((192,) * 2, 64)],
+    ids=["a block", "and a token", "half a block"],
+)
+def test_so_are_those_of_one_block_and_more(kernel, lengths, size):
+    assert_as_exact_as_the_reference(kernel, lengths, size, torch.bfloat16, turned=True)
+
+
+@kernels
+@pytest.mark.parametrize("options", [{"turned": True}, {"window": 70}], ids=["rotary", "window"])
+@pytest.mark.parametrize("ragged", [False, True], ids=["full", "ragged"])
+def test_who_does_the_work_does_not_matter(kernel, ragged, options):
     """Rings that go round many times, not once, or not at all."""
-    qkv, dout = torch.randn(sum(lengths), 3, HEADS, 64).bfloat16(), torch.randn(sum(lengths), HEADS, 64).bfloat16()
-    first = backward(qkv, dout, lengths, 64, programs=1, turned=True)
+    lengths = kernel.ragged if ragged else (kernel.span,) * 3
+    qkv, dout = batch(lengths)
+    first = backward(kernel, qkv, dout, lengths, programs=1, **options)
+    assert first.isfinite().all()
     for programs in (7, 30):
-        assert torch.equal(backward(qkv, dout, lengths, 64, programs=programs, turned=True), first)
+        assert torch.equal(backward(kernel, qkv, dout, lengths, programs=programs, **options), first)
 
 
-def test_a_sequence_that_is_no_number_leaves_other_groups_alone():
-    lengths = (200, 256, 130)
-    qkv, dout = torch.randn(sum(lengths), 3, HEADS, 64).bfloat16(), torch.randn(sum(lengths), HEADS, 64).bfloat16()
-    qkv[:200] = float("nan")
-    assert backward(qkv, dout, lengths, 64, programs=2, turned=True)[200:].isfinite().all()
+@kernels
+def test_a_sequence_that_is_no_number_leaves_other_groups_alone(kernel):
+    lengths = (kernel.span - 56, kernel.span, 130)
+    qkv, dout = batch(lengths)
+    qkv[: lengths[0]] = float("nan")
+    assert backward(kernel, qkv, dout, lengths, programs=2, turned=True)[lengths[0] :].isfinite().all()

@@ -36,6 +36,7 @@ _FILES = {
     "adamw": (Kind.OPTIMIZER, Kind.OPTIMIZER),
     "attention_hopper": (Kind.ATTENTION_FORWARD, Kind.ATTENTION_BACKWARD),
     "attention_hopper_blocks": (Kind.ATTENTION_BACKWARD, Kind.ATTENTION_BACKWARD),
+    "attention_hopper_steps": (Kind.ATTENTION_BACKWARD, Kind.ATTENTION_BACKWARD),
     "attention_kernels": (Kind.ATTENTION_FORWARD, Kind.ATTENTION_BACKWARD),
     "column_sums": (Kind.MATMUL, Kind.MATMUL),
     "embed_kernels": (Kind.EMBEDDING, Kind.EMBEDDING),

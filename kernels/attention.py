@@ -35,7 +35,7 @@ from .attention_settings import (
     Resident,
     Ring,
     Setting,
-    Stream,
+    Steps,
     block_for,
     launch_for,
     setting_for,
@@ -96,12 +96,12 @@ def _setting(qkv, groups, angles, seed, tile, longest) -> Setting:
 def _run(kernel, tuning, tensors, qkv, groups, tile, longest, scale, window, dropout):
     """Run `kernel` over `tensors` with a program for each piece of work, or as many as stay on the GPU."""
     total, _, heads, head_size = qkv.shape
-    if isinstance(tuning, Ring | Resident | Stream):
+    if isinstance(tuning, Ring | Resident | Steps):
         tensors = tuple(map(aligned, tensors))
     dtypes = tuple(map(dtype_of, tensors))
     launch = launch_for(kernel, tuning, dtypes, int(heads), int(head_size), tile, window >= 0)
     count = total // longest if groups is None else groups.shape[0] - 1
-    programs = count * heads * (1 if tile or isinstance(tuning, Resident | Stream) else ceil_div(longest, BLOCK))
+    programs = count * heads * (1 if tile or isinstance(tuning, Resident | Steps) else ceil_div(longest, BLOCK))
     if tuning.programs and qkv.device.type == "cuda":
         programs = min(programs, multiprocessors(qkv.device) * tuning.programs)
     scalars = (total, count if tile else longest, window, scale, dropout)
@@ -133,7 +133,7 @@ def attention_backward(dout, qkv, out, lse, groups, bounds, angles, seed, tile, 
         _run(backward_tile, setting.backward, (dout, qkv, lse, groups, bounds, angles, seed, dqkv), *rest)
     elif isinstance(setting.backward, Resident):
         _run(backward_queries, setting.backward, (dout, qkv, out, lse, groups, bounds, angles, dqkv), *rest)
-    elif isinstance(setting.backward, Stream):
+    elif isinstance(setting.backward, Steps):
         tensors = (dout, qkv, out, lse, groups, bounds, angles, dqkv, torch.empty_like(lse))
         _run(backward_queries, setting.backward, tensors, *rest)
     else:

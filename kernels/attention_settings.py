@@ -54,7 +54,7 @@ class Resident:
 
 
 @dataclass(frozen=True)
-class Stream:
+class Steps:
     """For the kernel of `attention_hopper_steps.py`: how many registers a thread has of the eight warps that multiply,
     and of the four that load, beside four that store; `programs` as in `Tuning`."""
 
@@ -69,7 +69,7 @@ class Setting:
     two passes."""
 
     forward: Tuning | Ring
-    backward: Tuning | Ring | Resident | Stream
+    backward: Tuning | Ring | Resident | Steps
     backward_keys: Tuning | None = None
 
 
@@ -84,7 +84,7 @@ _TURNED_MASKED_RING_OF_32 = Setting(Ring(3, 4, 72, 4, 64), Ring(3, 4, 72, 4, 72)
 _DENSE_BLOCKS = Setting(Tuning(4, 3), Tuning(4, 3), Tuning(4, 3, registers=128, step=32))
 _BLOCKS = Setting(Tuning(4, 3), Tuning(4, 3, step=32), Tuning(4, 4, step=32))
 _RESIDENT_BLOCKS = Setting(Tuning(4, 3), Resident(224))
-_STREAM = Setting(Tuning(4, 3), Stream(208, 48))
+_STEPS = Setting(Tuning(4, 3), Steps(208, 48))
 _DROPPING_BLOCKS = Setting(Tuning(4, 3), Tuning(4, 3, step=32), Tuning(4, 3, step=32))
 _WIDE_BLOCKS = Setting(Tuning(8, 2), Tuning(8, 2), Tuning(8, 2, step=32))
 _WIDE_BLOCKS_OF_120 = Setting(Tuning(8, 2), Tuning(8, 1), Tuning(8, 2, step=32))
@@ -122,7 +122,7 @@ def setting_for(
     if tile:
         return _SMALL_TILE
     if native and block_for(head_size, dropout, capability) > BLOCK:
-        return _RESIDENT_BLOCKS if longest <= 256 else _STREAM
+        return _RESIDENT_BLOCKS if longest <= 256 else _STEPS
     if head_size > 64:
         return _WIDE_BLOCKS if capability < 120 else _WIDE_BLOCKS_OF_120
     if 90 <= capability < 120:
@@ -132,7 +132,7 @@ def setting_for(
 
 @functools.lru_cache
 def launch_for(
-    kernel, tuning: Tuning | Ring | Resident | Stream, tensors: tuple, heads: int, head_size: int, tile: int,
+    kernel, tuning: Tuning | Ring | Resident | Steps, tensors: tuple, heads: int, head_size: int, tile: int,
     windowed: bool,
 ) -> Launch:  # fmt: skip
     """One of the kernels for `tensors`, a dtype for each of its pointers, in tiles, or blocks where `tile` is 0. With a
@@ -151,7 +151,7 @@ def launch_for(
     if isinstance(tuning, Resident):
         constants |= {"WINDOWED": windowed, "MULTIPLIERS": 8, "MULTIPLIERS_REGISTERS": tuning.registers}
         return Launch(backward_blocks_hopper, tensors, scalars[:-1], constants, num_warps=4)
-    if isinstance(tuning, Stream):
+    if isinstance(tuning, Steps):
         constants |= {"WINDOWED": windowed, "MULTIPLIERS_REGISTERS": tuning.registers}
         constants |= {"LOADERS_REGISTERS": tuning.loader_registers}
         return Launch(backward_steps_hopper, tensors, scalars[:-1], constants, num_warps=4)
@@ -201,7 +201,7 @@ def _pass(dtype, head_size, longest, masked, rotary, dropout, capability):
             (forward_blocks, setting.forward, (dtype, *groups, seed, dtype, f32)),
             (backward_queries, setting.backward, (dtype, dtype, dtype, f32, *groups, angles, dtype)),
         ]
-    elif isinstance(setting.backward, Stream):
+    elif isinstance(setting.backward, Steps):
         kernels = [
             (forward_blocks, setting.forward, (dtype, *groups, seed, dtype, f32)),
             (backward_queries, setting.backward, (dtype, dtype, dtype, f32, *groups, angles, dtype, f32)),

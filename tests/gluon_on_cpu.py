@@ -2,7 +2,8 @@
 
 Layouts mean nothing here, and every operation is done at once. What is left is what a kernel computes: which elements
 of memory it touches, through which stage of shared memory, and in which order its partitions hand work on. Each
-partition of a `warp_specialize` is a thread; a barrier that nobody completes is reported instead of waited for.
+partition of a `warp_specialize` is a thread; a barrier that nobody completes is reported instead of waited for. One of
+them can be made slow, so that whoever forgets to wait for it is ahead of it.
 """
 
 import builtins
@@ -18,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier as real_mb
 from cramfast.kernels import attention_parts, language
 
 DEADLOCK_SECONDS = 20
+SLOW_SECONDS = 0.01  # at every barrier
 UINT32 = object()
 
 
@@ -149,13 +151,17 @@ class Language:
     float16, bfloat16, float32 = torch.float16, torch.bfloat16, torch.float32
     static_range = staticmethod(range)
 
-    def __init__(self, program: int, programs: int, warps: int):
-        self._program, self._programs = program, programs
+    def __init__(self, program: int, programs: int, warps: int, slow: int | None):
+        self._program, self._programs, self._slow = program, programs, slow
         self._failed, self._of_thread = threading.Event(), threading.local()
-        self._of_thread.warps = warps
+        self._of_thread.warps, self._of_thread.slow = warps, False
 
     def __getattr__(self, name):  # layouts
         return getattr(language.gl, name)
+
+    def linger(self):
+        if self._of_thread.slow:
+            time.sleep(SLOW_SECONDS)
 
     def program_id(self, axis):
         return value(torch.tensor(self._program, dtype=torch.int32))
@@ -233,8 +239,8 @@ class Language:
         assert len(warps) == len(registers) == len(partitions) - 1
         errors = []
 
-        def work(function, arguments, warps):
-            self._of_thread.warps = warps
+        def work(partition, function, arguments, warps):
+            self._of_thread.warps, self._of_thread.slow = warps, partition == self._slow
             try:
                 with torch.no_grad():  # which threads do not take over
                     function(*arguments)
@@ -243,7 +249,8 @@ class Language:
                 self._failed.set()
 
         warps = (self.num_warps(), *warps)
-        threads = [threading.Thread(target=work, args=(*p, w)) for p, w in zip(partitions, warps, strict=True)]
+        each = enumerate(zip(partitions, warps, strict=True))
+        threads = [threading.Thread(target=work, args=(i, *partition, count)) for i, (partition, count) in each]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -284,29 +291,49 @@ def is_kept(seed, query, key, head, dropout):
     return number.as_subclass(torch.Tensor) >= 1009 * dropout
 
 
-def run(kernel, programs: int, *arguments, num_warps: int = 8, **constants) -> None:
-    """As `kernel[(programs,)](*arguments, num_warps=num_warps, **constants)`, with tensors on the CPU."""
+class Barriers:
+    """In place of `mbarrier`."""
+
+    MBarrierLayout = real_mbarrier.MBarrierLayout
+
+    def __init__(self, language: Language):
+        self._language = language
+
+    def init(self, barrier, count):
+        barrier.init(count)
+
+    def arrive(self, barrier, count):
+        barrier.arrive(count)
+        self._language.linger()
+
+    def expect(self, barrier, bytes):
+        barrier.arrive(1, expected=bytes)
+
+    def wait(self, barrier, phase):
+        self._language.linger()
+        barrier.wait(phase)
+
+
+def run(kernel, programs: int, *arguments, num_warps: int = 8, slow: int | None = None, **constants) -> None:
+    """As `kernel[(programs,)](*arguments, num_warps=num_warps, **constants)`, with tensors on the CPU. slow: the number
+    of a partition."""
     arguments = [Pointer(x.view(-1)) if isinstance(x, torch.Tensor) else x for x in arguments]
-    barriers = types.SimpleNamespace(
-        init=lambda barrier, count: barrier.init(count),
-        arrive=lambda barrier, count: barrier.arrive(count),
-        expect=lambda barrier, bytes: barrier.arrive(1, expected=bytes),
-        wait=lambda barrier, phase: barrier.wait(phase),
-        MBarrierLayout=real_mbarrier.MBarrierLayout,
-    )
     matrices = types.SimpleNamespace(
         make_tensor_descriptor=Descriptor,
         async_copy_global_to_shared=lambda descriptor, at, barrier, into: descriptor.load(at, barrier, into),
     )
     copies = types.SimpleNamespace(
         async_copy_global_to_shared=lambda into, at, mask=None: into.store(at.load(mask, 0)),
-        # Every thread of the partition has made its copies.
-        mbarrier_arrive=lambda barrier, increment_count: barrier.arrive(barrier.count),
         commit_group=lambda: None,
         wait_group=lambda pending: None,
     )
     for program in range(programs):
-        gl = Language(program, programs, num_warps)
+        gl = Language(program, programs, num_warps, slow)
+        barriers = Barriers(gl)
+        # Every thread of the partition has made its copies.
+        copies.mbarrier_arrive = lambda barrier, increment_count, barriers=barriers: barriers.arrive(
+            barrier, barrier.count
+        )
         replaced = {
             id(language.gl): gl,
             id(language.tl): gl,

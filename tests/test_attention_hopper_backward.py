@@ -25,11 +25,12 @@ HEADS, BLOCK = 2, 128
 
 @dataclass(frozen=True)
 class Kernel:
-    """`span`: of its longest sequence; `ragged`: lengths of many kinds."""
+    """`span`: of its longest sequence; `ragged`: lengths of many kinds; `partitions`: how many its warps are in."""
 
     function: Any
     span: int
     ragged: tuple[int, ...]
+    partitions: int
     notes_delta: bool
     constants: dict[str, int]
 
@@ -38,6 +39,7 @@ BLOCKS = Kernel(
     backward_blocks_hopper,
     span=256,
     ragged=(200, 1, 17, 63, 129, 256, 128, 3, 3, 3, 255, 20),
+    partitions=2,
     notes_delta=False,
     constants={"MULTIPLIERS": 8, "MULTIPLIERS_REGISTERS": 224},
 )
@@ -45,6 +47,7 @@ STEPS = Kernel(
     backward_steps_hopper,
     span=512,
     ragged=(200, 1, 17, 63, 129, 400, 3, 3, 3, 512, 20, 300, 64, 65, 384, 30),
+    partitions=4,
     notes_delta=True,
     constants={"MULTIPLIERS_REGISTERS": 208, "LOADERS_REGISTERS": 48},
 )
@@ -65,8 +68,8 @@ def forward(qkv, lengths, window):
     return torch.cat(outs), torch.cat(lses, dim=1)
 
 
-def backward(kernel, qkv, dout, lengths, programs, window=None, turned=False):
-    """dqkv by the kernel."""
+def backward(kernel, qkv, dout, lengths, programs, window=None, turned=False, slow=None):
+    """dqkv by the kernel, of which the partition `slow` is."""
     (total, _, _, size), span = qkv.shape, max(lengths)
     masked = len({*lengths}) > 1 or span % BLOCK > 0 or window is not None
     cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
@@ -82,7 +85,7 @@ def backward(kernel, qkv, dout, lengths, programs, window=None, turned=False):
     tensors = (dout, qkv, out.to(qkv.dtype), lse, groups, bounds, angles, dqkv, *deltas)
     scalars = (total, span, -1 if window is None else window, size**-0.5)
     constants = kernel.constants | {"H": HEADS, "D": size, "WINDOWED": window is not None}
-    run(kernel.function, programs, *tensors, *scalars, num_warps=4, **constants)
+    run(kernel.function, programs, *tensors, *scalars, num_warps=4, slow=slow, **constants)
     return dqkv
 
 
@@ -110,7 +113,7 @@ def assert_as_exact_as_the_reference(kernel, lengths, size, dtype, **options):
     [
         pytest.param(False, 64, {}, id="full"),
         pytest.param(False, 64, {"turned": True}, id="full, rotary"),
-        pytest.param(False, 64, {"window": 130}, id="full, a window of more than a block"),
+        pytest.param(False, 64, {"window": 129}, id="full, a window of more than a block"),
         pytest.param(False, 64, {"window": 0}, id="full, a window of the token alone"),
         pytest.param(True, 64, {}, id="ragged"),
         pytest.param(True, 64, {"turned": True}, id="ragged, rotary"),
@@ -143,6 +146,16 @@ def test_who_does_the_work_does_not_matter(kernel, ragged, options):
     assert first.isfinite().all()
     for programs in (7, 30):
         assert torch.equal(backward(kernel, qkv, dout, lengths, programs=programs, **options), first)
+
+
+@kernels
+@pytest.mark.parametrize("options", [{}, {"window": 70}], ids=["all", "window"])
+def test_nobody_relies_on_another_being_fast(kernel, options):
+    lengths = (kernel.span, 129, 30)
+    qkv, dout = batch(lengths)
+    usual = backward(kernel, qkv, dout, lengths, programs=1, **options)
+    for slow in range(kernel.partitions):
+        assert torch.equal(backward(kernel, qkv, dout, lengths, programs=1, slow=slow, **options), usual)
 
 
 @kernels

@@ -32,10 +32,9 @@ from .attention_settings import (
     DTYPES,
     HEAD_SIZES,
     LONGEST,
-    Resident,
-    Ring,
     Setting,
     Steps,
+    Tuning,
     block_for,
     launch_for,
     setting_for,
@@ -96,12 +95,13 @@ def _setting(qkv, groups, angles, seed, tile, longest) -> Setting:
 def _run(kernel, tuning, tensors, qkv, groups, tile, longest, scale, window, dropout):
     """Run `kernel` over `tensors` with a program for each piece of work, or as many as stay on the GPU."""
     total, _, heads, head_size = qkv.shape
-    if isinstance(tuning, Ring | Resident | Steps):
+    in_gluon = not isinstance(tuning, Tuning)
+    if in_gluon:
         tensors = tuple(map(aligned, tensors))
     dtypes = tuple(map(dtype_of, tensors))
     launch = launch_for(kernel, tuning, dtypes, int(heads), int(head_size), tile, window >= 0)
     count = total // longest if groups is None else groups.shape[0] - 1
-    programs = count * heads * (1 if tile or isinstance(tuning, Resident | Steps) else ceil_div(longest, BLOCK))
+    programs = count * heads * (1 if tile or in_gluon else ceil_div(longest, BLOCK))
     if tuning.programs and qkv.device.type == "cuda":
         programs = min(programs, multiprocessors(qkv.device) * tuning.programs)
     scalars = (total, count if tile else longest, window, scale, dropout)
@@ -131,11 +131,9 @@ def attention_backward(dout, qkv, out, lse, groups, bounds, angles, seed, tile, 
     rest = (qkv, groups, tile, longest, scale, window, dropout)
     if tile:
         _run(backward_tile, setting.backward, (dout, qkv, lse, groups, bounds, angles, seed, dqkv), *rest)
-    elif isinstance(setting.backward, Resident):
-        _run(backward_queries, setting.backward, (dout, qkv, out, lse, groups, bounds, angles, dqkv), *rest)
-    elif isinstance(setting.backward, Steps):
-        tensors = (dout, qkv, out, lse, groups, bounds, angles, dqkv, torch.empty_like(lse))
-        _run(backward_queries, setting.backward, tensors, *rest)
+    elif setting.backward_keys is None:
+        delta = (torch.empty_like(lse),) if isinstance(setting.backward, Steps) else ()
+        _run(backward_queries, setting.backward, (dout, qkv, out, lse, groups, bounds, angles, dqkv, *delta), *rest)
     else:
         delta, options = torch.empty_like(lse), (groups, bounds, angles, seed)
         _run(backward_queries, setting.backward, (dout, qkv, out, lse, *options, dqkv, delta), *rest)

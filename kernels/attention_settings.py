@@ -63,13 +63,16 @@ class Steps:
     programs: int = 1
 
 
+AnyTuning = Tuning | Ring | Resident | Steps
+
+
 @dataclass(frozen=True)
 class Setting:
     """A tuning for each kernel of a forward and a backward pass; only blocks have `backward_keys`, where backward takes
     two passes."""
 
     forward: Tuning | Ring
-    backward: Tuning | Ring | Resident | Steps
+    backward: AnyTuning
     backward_keys: Tuning | None = None
 
 
@@ -132,9 +135,8 @@ def setting_for(
 
 @functools.lru_cache
 def launch_for(
-    kernel, tuning: Tuning | Ring | Resident | Steps, tensors: tuple, heads: int, head_size: int, tile: int,
-    windowed: bool,
-) -> Launch:  # fmt: skip
+    kernel, tuning: AnyTuning, tensors: tuple, heads: int, head_size: int, tile: int, windowed: bool
+) -> Launch:
     """One of the kernels for `tensors`, a dtype for each of its pointers, in tiles, or blocks where `tile` is 0. With a
     ring, that of `attention_hopper.py` which does the same; where one kernel does all of the backward pass over blocks,
     `backward_queries` stands for it."""
@@ -196,15 +198,11 @@ def _pass(dtype, head_size, longest, masked, rotary, dropout, capability):
             (forward_tile, setting.forward, (dtype, *options, dtype, f32)),
             (backward_tile, setting.backward, (dtype, dtype, f32, *options, dtype)),
         ]
-    elif isinstance(setting.backward, Resident):
+    elif setting.backward_keys is None:
+        delta = (f32,) if isinstance(setting.backward, Steps) else ()
         kernels = [
             (forward_blocks, setting.forward, (dtype, *groups, seed, dtype, f32)),
-            (backward_queries, setting.backward, (dtype, dtype, dtype, f32, *groups, angles, dtype)),
-        ]
-    elif isinstance(setting.backward, Steps):
-        kernels = [
-            (forward_blocks, setting.forward, (dtype, *groups, seed, dtype, f32)),
-            (backward_queries, setting.backward, (dtype, dtype, dtype, f32, *groups, angles, dtype, f32)),
+            (backward_queries, setting.backward, (dtype, dtype, dtype, f32, *groups, angles, dtype, *delta)),
         ]
     else:
         options = (*groups, angles, seed)

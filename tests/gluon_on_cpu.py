@@ -296,21 +296,25 @@ class Barriers:
 
     MBarrierLayout = real_mbarrier.MBarrierLayout
 
-    def __init__(self, language: Language):
-        self._language = language
+    def __init__(self, gl: Language):
+        self._gl = gl
 
     def init(self, barrier, count):
         barrier.init(count)
 
     def arrive(self, barrier, count):
         barrier.arrive(count)
-        self._language.linger()
+        self._gl.linger()
+
+    def arrive_with_copies(self, barrier, increment_count):
+        """As every thread of a partition does that has made its copies."""
+        self.arrive(barrier, barrier.count)
 
     def expect(self, barrier, bytes):
         barrier.arrive(1, expected=bytes)
 
     def wait(self, barrier, phase):
-        self._language.linger()
+        self._gl.linger()
         barrier.wait(phase)
 
 
@@ -322,17 +326,14 @@ def run(kernel, programs: int, *arguments, num_warps: int = 8, slow: int | None 
         make_tensor_descriptor=Descriptor,
         async_copy_global_to_shared=lambda descriptor, at, barrier, into: descriptor.load(at, barrier, into),
     )
-    copies = types.SimpleNamespace(
-        async_copy_global_to_shared=lambda into, at, mask=None: into.store(at.load(mask, 0)),
-        commit_group=lambda: None,
-        wait_group=lambda pending: None,
-    )
     for program in range(programs):
         gl = Language(program, programs, num_warps, slow)
         barriers = Barriers(gl)
-        # Every thread of the partition has made its copies.
-        copies.mbarrier_arrive = lambda barrier, increment_count, barriers=barriers: barriers.arrive(
-            barrier, barrier.count
+        copies = types.SimpleNamespace(
+            async_copy_global_to_shared=lambda into, at, mask=None: into.store(at.load(mask, 0)),
+            mbarrier_arrive=barriers.arrive_with_copies,
+            commit_group=lambda: None,
+            wait_group=lambda pending: None,
         )
         replaced = {
             id(language.gl): gl,

@@ -85,7 +85,7 @@ def _machine() -> list[tuple[str, str]]:
 
 
 def _operators() -> list[tuple[str, str]]:
-    """Who computes each operator; sequences for which attention has no kernel are a row of their own."""
+    """Who computes each operator; sequences for which attention has no kernel are rows of their own."""
     from .device import pick_device, pick_dtype
     from .kernels import OPERATORS, choose, choose_long
 
@@ -93,7 +93,9 @@ def _operators() -> list[tuple[str, str]]:
     for name in OPERATORS:
         rows.append((name, _chosen(choose, name, device)))
         if name == "varlen_attention":
-            rows.append(("attention past 512", _chosen(choose_long, device, pick_dtype(device), 64)))
+            kind = device, pick_dtype(device), 64
+            rows.append(("attention past 512", _chosen(choose_long, *kind)))
+            rows.append(("past 512, one length", _chosen(choose_long, *kind, 0.0, True)))
     return rows
 
 

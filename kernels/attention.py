@@ -42,9 +42,9 @@ from .attention_settings import (
 )
 from .dispatch import pick
 from .launch import aligned, capability_of, ceil_div, contiguous, dtype_of, multiprocessors
-from .long_attention import long_attention, rotate, turn
+from .long_attention import long_attention
 from .operator import Operator, define
-from .rotary import token_angles, turn_packed
+from .rotary import rotate, token_angles, turn, turn_packed
 from .sequences import group_sequences, sequence_positions
 
 _NO_WINDOW = -1
@@ -69,7 +69,7 @@ def varlen_attention_reference(
         qkv_BS3HD[sequence, position] = qkv
         lengths = cu_seqlens.diff()[:, None]
         mask = (torch.arange(max_seqlen, device=qkv.device) < lengths)[:, None, None, :]
-    q_BHSD, k_BHSD, v_BHSD = qkv_BS3HD.permute(2, 0, 3, 1, 4)
+    q_BHSD, k_BHSD, v_BHSD = (x_BSHD.transpose(1, 2) for x_BSHD in qkv_BS3HD.unbind(2))
     if cos is not None:
         q_BHSD, k_BHSD = (rotate(x, cos[:max_seqlen], sin[:max_seqlen]) for x in (q_BHSD, k_BHSD))
     if window is not None:

@@ -5,8 +5,9 @@
     varlen-attn   PyTorch's own build of the same, without dropout, head sizes a multiple of 8
     sdpa          else: the reference, by padding, in the best attention that PyTorch has for dense tensors
 
-The first two compute on unpadded tensors. Rotary embedding, which they lack, is applied in front of them, in fp32 or
-wider, to q and k as a pair, so that the gradient is put together once.
+The first two compute on unpadded tensors. A batch whose sequences are all of one length is a dense tensor without any
+padding, for which SDPA is the fastest where PyTorch has cuDNN compute it. Rotary embedding, which they lack, is applied
+in front of them.
 
 Source: Dao, FlashAttention-2, 2307.08691.
 """
@@ -20,21 +21,26 @@ from torch._C import _are_functorch_transforms_active
 
 from .attention_settings import HEAD_SIZES, LONGEST
 from .dispatch import MODES, Choice
-from .sequences import sequence_positions
+from .rotary import turn, turns_in_one_kernel
 
 # FlashAttention-2, whoever built it. Above the second its backward pass runs only on the cards named here.
 _MAX_HEAD_SIZE, _MAX_HEAD_SIZE_ANYWHERE, _LARGE_CARDS = 256, 192, ((8, 0), (9, 0))
+# Whose SDPA PyTorch has cuDNN compute.
+_CARDS_OF_CUDNN = ((9, 0), (10, 0))
 
 
-def choose_long(device: torch.device, dtype: torch.dtype, head_size: int, dropout_p: float = 0.0) -> Choice:
+def choose_long(
+    device: torch.device, dtype: torch.dtype, head_size: int, dropout_p: float = 0.0, dense: bool = False
+) -> Choice:
     """Who computes attention that the Triton kernels do not serve: "flash-attn", "varlen-attn" or "sdpa", and why.
 
-    Raises ValueError for an unknown CRAMFAST_KERNELS, RuntimeError when it forces Triton.
+    dense: all sequences are of one length, and see all of themselves. Raises ValueError for an unknown
+    CRAMFAST_KERNELS, RuntimeError when it forces Triton.
     """
-    mode = os.environ.get("CRAMFAST_KERNELS", "auto")
+    options = device, dtype, head_size, dropout_p > 0, dense, os.environ.get("CRAMFAST_KERNELS", "auto")
     if torch.compiler.is_compiling():  # traces through a cache, and warns of it
-        return _choose(device, dtype, head_size, dropout_p > 0, mode, False)
-    return _remembered(device, dtype, head_size, dropout_p > 0, mode, _are_functorch_transforms_active())
+        return _choose(*options, False)
+    return _remembered(*options, _are_functorch_transforms_active())
 
 
 def long_attention(
@@ -54,30 +60,20 @@ def long_attention(
     fallback: the reference, with the same arguments; it also takes batches without a token, for which the others have
     no launch. Raises as `choose_long` does.
     """
-    backend = choose_long(qkv.device, qkv.dtype, qkv.shape[-1], dropout_p).backend
-    if backend == "sdpa" or qkv.shape[0] == 0:
+    # No length exceeds max_seqlen, so this product is reached only when all are equal.
+    dense = window is None and qkv.shape[0] == (cu_seqlens.shape[0] - 1) * max_seqlen
+    backend = choose_long(qkv.device, qkv.dtype, qkv.shape[-1], dropout_p, dense).backend
+    if qkv.shape[0] == 0:
+        backend = "sdpa"
+    elif cos is not None and (backend != "sdpa" or turns_in_one_kernel(qkv)):
+        qkv, cos, sin = turn(qkv, cu_seqlens, cos, sin), None, None
+    if backend == "sdpa":
         options = {"softmax_scale": softmax_scale, "window": window, "dropout_p": dropout_p}
         return fallback(qkv, cu_seqlens, max_seqlen, cos=cos, sin=sin, **options)
-    if cos is not None:
-        qkv = turn(qkv, cu_seqlens, cos, sin)
     # (left, right), -1 without a limit; both libraries keep them in 32 bits.
     window_size = (-1, -1) if window is None else 2 * (min(window, max_seqlen),)
     attend = _by_flash_attn if backend == "flash-attn" else _by_varlen_attn
     return attend(qkv.contiguous(), cu_seqlens.contiguous(), max_seqlen, softmax_scale, window_size, dropout_p)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of x (..., D) by cos, sin (..., D/2), in fp32 or wider, rounded to x's dtype."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    x1, x2 = x.to(wide).chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
-
-
-def turn(qkv, cu_seqlens, cos, sin):
-    """qkv (T, 3, H, D) with q and k turned to their places in their sequences."""
-    _, position = sequence_positions(cu_seqlens, qkv.shape[0])
-    qk, v = qkv.split((2, 1), dim=1)
-    return torch.cat((rotate(qk, cos[position, None, None], sin[position, None, None]), v), dim=1)
 
 
 def _by_flash_attn(qkv, cu_seqlens, max_seqlen, softmax_scale, window_size, dropout_p):
@@ -102,7 +98,7 @@ def _by_varlen_attn(qkv, cu_seqlens, max_seqlen, softmax_scale, window_size, _dr
 
 
 def _choose(
-    device: torch.device, dtype: torch.dtype, head_size: int, dropout: bool, mode: str, transformed: bool
+    device: torch.device, dtype: torch.dtype, head_size: int, dropout: bool, dense: bool, mode: str, transformed: bool
 ) -> Choice:
     if mode not in MODES:
         raise ValueError(f"CRAMFAST_KERNELS={mode}: expected one of {', '.join(MODES)}")
@@ -116,6 +112,8 @@ def _choose(
         obstacle = "torch.func transforms plain operations alone"
     if obstacle is not None:
         return Choice("sdpa", obstacle)
+    if dense and device.type == "cuda" and torch.cuda.get_device_capability(device) in _CARDS_OF_CUDNN:
+        return Choice("sdpa", "sequences of one length")
     missing = _obstacle_of_flash_attn()
     if missing is None:
         return Choice("flash-attn", f"{device.type} device")

@@ -15,11 +15,14 @@ _library = torch.library.Library("cramfast", "FRAGMENT")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def define(name: str, schema: str, implementation: Callable):
+def define(
+    name: str, schema: str, implementation: Callable, save: Callable | None = None, gradients: Callable | None = None
+):
     """`torch.ops.cramfast.NAME` with this signature in torch's schema language, on every device.
 
     `implementation` serves as its own shape function: on tensors without data it allocates, and `Launch` does nothing.
-    A result that it leaves out (None) is an empty tensor here, since a schema has no optional results.
+    A result that it leaves out (None) is an empty tensor here, since a schema has no optional results. With a gradient:
+    save(ctx, inputs, output) keeps what gradients(ctx, *grads), one for each input, is computed from.
     """
 
     def complete(*arguments):
@@ -29,6 +32,8 @@ def define(name: str, schema: str, implementation: Callable):
     _library.define(name + schema)
     _library.impl(name, complete, "CompositeExplicitAutograd")
     torch.library.register_fake(f"cramfast::{name}", complete, lib=_library)
+    if gradients is not None:
+        torch.library.register_autograd(f"cramfast::{name}", gradients, setup_context=save, lib=_library)
     return getattr(torch.ops.cramfast, name).default
 
 
@@ -61,12 +66,12 @@ class Operator:
     ):
         backward, backward_op = backward
         self.forward, self.outputs = forward, outputs
-        self.op = define(name, schema, forward)
-        torch.library.register_autograd(
-            f"cramfast::{name}",
+        self.op = define(
+            name,
+            schema,
+            forward,
+            lambda ctx, inputs, output: save(ctx, inputs, _tuple(output)),
             lambda ctx, *grads: gradients(ctx, lambda *arguments: _tuple(backward_op(*arguments)), *grads),
-            setup_context=lambda ctx, inputs, output: save(ctx, inputs, _tuple(output)),
-            lib=_library,
         )
         function = _autograd_function(name, forward, save, backward, gradients, outputs)
         # Past the Python around it, which serves functorch alone.

@@ -1,4 +1,4 @@
-"""Rotary position embedding for `attention.py`: with x1, x2 the halves of a head,
+"""Rotary position embedding: with x1, x2 the halves of a head,
 
     (x1, x2) → (x1 cos − x2 sin, x2 cos + x1 sin),   cos and sin of the token's position in its sequence
 
@@ -6,7 +6,8 @@
 float16 errs an eighth of what bfloat16 does when q and k are rounded, and as much as float16 itself does. The kernels
 for short sequences turn q and k as they load them, by a table of so few positions that a multiprocessor's cache holds
 it. Where blocks meet many times q and k would be turned as often, so for longer sequences `turn_packed` does it once,
-by angles laid out by token, on a copy that is kept for the backward pass instead of qkv.
+by angles laid out by token, on a copy that is kept for the backward pass instead of qkv. `turn` is the same with a
+gradient, in front of attention that others compute.
 
 Source: Su et al., RoFormer, 2104.09864.
 """
@@ -15,9 +16,11 @@ import functools
 
 import torch
 
+from .dispatch import choose
 from .language import tl, triton
 from .launch import Launch, catalogue, ceil_div, contiguous
 from .operator import define
+from .sequences import sequence_positions
 
 _ROWS, _NUM_WARPS = 64, 4
 
@@ -59,8 +62,9 @@ def _turn_kernel(
     HALF: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
+    BACK: tl.constexpr,
 ):
-    """Turn q and k and copy v."""
+    """Turn q and k, or turn them back, and copy v."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     is_value = (row % (3 * H) >= 2 * H)[:, None]
@@ -71,6 +75,8 @@ def _turn_kernel(
     angle = angles_ptr + (row // (3 * H) % period)[:, None] * (2 * HALF) + column[None, :]
     cos = tl.where(is_value, 1.0, tl.load(angle, mask=mask, other=0.0).to(tl.float32))
     sin = tl.where(is_value, 0.0, tl.load(angle + HALF, mask=mask, other=0.0).to(tl.float32))
+    if BACK:
+        sin = -sin
     tl.store(y_ptr + place, x1 * cos - x2 * sin, mask=mask)
     tl.store(y_ptr + place + HALF, x2 * cos + x1 * sin, mask=mask)
 
@@ -84,9 +90,9 @@ def _angles_launch(cos_dtype, masked, head_size) -> Launch:
 
 
 @functools.lru_cache
-def _turn_launch(dtype, heads, head_size) -> Launch:
+def _turn_launch(dtype, heads, head_size, back) -> Launch:
     half = head_size // 2
-    constants = {"H": heads, "HALF": half, "WIDTH": triton.next_power_of_2(half), "ROWS": _ROWS}
+    constants = {"H": heads, "HALF": half, "WIDTH": triton.next_power_of_2(half), "ROWS": _ROWS, "BACK": back}
     return Launch(_turn_kernel, (dtype, torch.float16, dtype), ("i64", "i32"), constants, _NUM_WARPS)
 
 
@@ -95,7 +101,7 @@ def _launches(dtype, capability):
     if dtype.itemsize == 2 and capability >= 80:
         for masked in (False, True):
             yield _angles_launch(torch.float32, masked, 64)
-        yield _turn_launch(dtype, 12, 64)
+            yield _turn_launch(dtype, 12, 64, back=masked)
 
 
 def _token_angles(cos, sin, bounds, tokens):
@@ -121,11 +127,51 @@ def token_angles(cos: torch.Tensor, sin: torch.Tensor, bounds: torch.Tensor | No
     return _token_angles(cos, sin, bounds, tokens)[0]
 
 
-def turn_packed(qkv: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """A copy of contiguous qkv (T, 3, H, D) with q and k turned by angles (T, D), or by (S, D) again and again."""
+def turn_packed(qkv: torch.Tensor, angles: torch.Tensor, back: bool = False) -> torch.Tensor:
+    """A copy of qkv (T, 3, H, D) with q and k turned by angles (T, D), or by (S, D) again and again.
+
+    back: by as much the other way, which is the gradient of turning.
+    """
+    qkv = qkv.contiguous()
     turned = torch.empty_like(qkv)
     heads, head_size = map(int, qkv.shape[2:])
     rows = qkv.shape[0] * 3 * heads
-    launch = _turn_launch(qkv.dtype, heads, head_size)
+    launch = _turn_launch(qkv.dtype, heads, head_size, back)
     launch(ceil_div(rows, _ROWS), qkv, angles, turned, rows, angles.shape[0])
     return turned
+
+
+def _save(ctx, inputs, output):
+    _, angles, ctx.back = inputs
+    ctx.save_for_backward(angles)
+
+
+_turn_op = define(
+    "turn_packed",
+    "(Tensor qkv, Tensor angles, bool back) -> Tensor",
+    lambda *arguments: (turn_packed(*arguments),),
+    _save,
+    lambda ctx, dturned: (_turn_op(dturned, *ctx.saved_tensors, not ctx.back), None, None),
+)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The definition: x (..., D) turned by cos, sin (..., D/2), in fp32 or wider, rounded to x's dtype."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x1, x2 = x.to(wide).chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+
+
+def turns_in_one_kernel(qkv: torch.Tensor) -> bool:
+    """Whether `turn` has a kernel for tensors like this, or is put together from operations of torch."""
+    return choose("varlen_attention", qkv.device, qkv.dtype).backend == "triton"
+
+
+def turn(qkv: torch.Tensor, cu_seqlens: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """A copy of qkv (T, 3, H, D) with q and k turned to their places in their sequences, by tables cos, sin (P, D/2) of
+    positions; with a gradient."""
+    _, position = sequence_positions(cu_seqlens, qkv.shape[0])
+    if turns_in_one_kernel(qkv):
+        return _turn_op(qkv, torch.cat((cos, sin), dim=1).half()[position], False)
+    qk, v = qkv.split((2, 1), dim=1)
+    return torch.cat((rotate(qk, cos[position, None, None], sin[position, None, None]), v), dim=1)

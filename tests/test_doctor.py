@@ -50,7 +50,7 @@ def test_every_operator_has_a_backend_and_a_reason(found):
 
 
 def test_who_attends_past_the_kernels(found):
-    assert found["attention past 512"] == "sdpa (cpu device)"
+    assert found["attention past 512"] == found["past 512, one length"] == "sdpa (cpu device)"
 
 
 def test_long_attention_is_chosen_for_what_training_here_uses(monkeypatch):
@@ -60,9 +60,10 @@ def test_long_attention_is_chosen_for_what_training_here_uses(monkeypatch):
     names, rows = zip(*command._operators(), strict=True)
     place = names.index("attention past 512")
     assert names[place - 1] == "varlen_attention"
-    assert rows[place] == "varlen-attn (flash-attn is not installed)"
+    assert names[place + 1] == "past 512, one length"
+    assert rows[place] == rows[place + 1] == "varlen-attn (flash-attn is not installed)"
     device = pick_device()
-    assert given == [(device, pick_dtype(device), 64)]
+    assert given == [(device, pick_dtype(device), 64), (device, pick_dtype(device), 64, 0.0, True)]
 
 
 def test_versions_and_what_a_machine_without_a_gpu_does(found):
@@ -130,7 +131,10 @@ def test_peers_that_are_there_broken_or_another_project(tmp_path, modules, expec
 @pytest.mark.parametrize("mode", ["triton", "nonsense"])
 def test_a_wrong_choice_of_kernels_is_a_finding(mode):
     rows = findings(doctor(CRAMFAST_KERNELS=mode, COLUMNS="300"))
-    assert all(f"none: CRAMFAST_KERNELS={mode}" in rows[name] for name in (*OPERATORS, "attention past 512"))
+    assert all(
+        f"none: CRAMFAST_KERNELS={mode}" in rows[name]
+        for name in (*OPERATORS, "attention past 512", "past 512, one length")
+    )
 
 
 def test_wrong_flags_are_one_line():

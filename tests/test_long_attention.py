@@ -65,8 +65,9 @@ def handed_over(*arguments, **options):
     return long_attention(*arguments, **options, fallback=varlen_attention_reference)
 
 
-def assert_as_exact_as_the_reference(lengths, heads, head_size, dtype, device="cpu", turned=False, **options):
-    arguments = boundaries(lengths, device), max(lengths) + 3
+def assert_as_exact_as_the_reference(lengths, heads, head_size, dtype, device="cpu", turned=False, room=3, **options):
+    """room: by how much max_seqlen is above the longest."""
+    arguments = boundaries(lengths, device), max(lengths) + room
     if turned:
         options["cos"], options["sin"] = rotary(arguments[1], head_size, device)
     qkv = randn(sum(lengths), 3, heads, head_size, dtype=dtype, device=device)
@@ -285,6 +286,7 @@ def card(monkeypatch):
 
 INSTALLED = {"flash_attn_varlen_qkvpacked_func": print}
 ABSENT = "flash-attn is not installed"
+EQUAL = "sequences of one length"
 # The machine, the tensor's dtype, its head size and dropout, who attends and why.
 CHOICES = [
     ({"flash_attn": INSTALLED}, BF16, 64, 0.0, "flash-attn", "cuda device"),
@@ -314,6 +316,43 @@ def test_who_attends_and_why(card, case):
     card(**machine)
     choice = choose_long(GPU, dtype, head_size, dropout_p)
     assert (choice.backend, choice.reason) == (backend, reason)
+
+
+# The same for batches whose sequences are all of one length.
+CHOICES_OF_DENSE = [
+    ({"flash_attn": INSTALLED}, BF16, 64, 0.0, "sdpa", EQUAL),
+    ({}, HALF, 128, 0.1, "sdpa", EQUAL),
+    ({"capability": (10, 0)}, BF16, 64, 0.0, "sdpa", EQUAL),
+    ({"capability": (8, 0)}, BF16, 64, 0.0, "varlen-attn", ABSENT),
+    ({"capability": (12, 0), "flash_attn": INSTALLED}, BF16, 64, 0.0, "flash-attn", "cuda device"),
+    ({}, torch.float32, 64, 0.0, "sdpa", "no FlashAttention for float32"),
+]
+
+
+@pytest.mark.parametrize("case", CHOICES_OF_DENSE)
+def test_who_attends_where_all_sequences_are_of_one_length(card, case):
+    machine, dtype, head_size, dropout_p, backend, reason = case
+    card(**machine)
+    choice = choose_long(GPU, dtype, head_size, dropout_p, dense=True)
+    assert (choice.backend, choice.reason) == (backend, reason)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "max_seqlen", "options", "dense"),
+    [
+        ((6, 6, 6), 6, {}, True),
+        ((6,), 6, {"dropout_p": 0.1}, True),
+        ((6, 6), 7, {}, False),
+        ((6, 5), 6, {}, False),
+        ((6, 0, 6), 6, {}, False),
+        ((6, 6), 6, {"window": 5}, False),
+    ],
+)
+def test_a_batch_is_dense_if_all_sequences_are_of_one_length(monkeypatch, lengths, max_seqlen, options, dense):
+    asked, choose = [], file.choose_long
+    monkeypatch.setattr(file, "choose_long", lambda *arguments: asked.append(arguments[-1]) or choose(*arguments))
+    handed_over(randn(sum(lengths), 3, 2, 16, dtype=BF16), boundaries(lengths), max_seqlen, **options)
+    assert asked == [dense]
 
 
 def test_a_cpu_tensor_takes_the_reference(card):
@@ -396,6 +435,39 @@ def test_long_sequences_on_a_gpu(lengths, head_size, options, dtype, turned):
     if dtype == BF16 and torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("no bfloat16")
     assert_as_exact_as_the_reference(lengths, 2, head_size, dtype, GPU, turned, **options)
+
+
+@needs_gpu
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("dtype", [HALF, BF16])
+@pytest.mark.parametrize(
+    ("lengths", "head_size", "options"),
+    [
+        ((640, 640, 640), 64, {}),
+        ((1024, 1024), 128, {"softmax_scale": 0.3}),
+        ((2000,), 80, {}),
+        ((700, 700), 36, {}),
+        ((600, 600), 256, {}),
+        ((600, 600), 64, {"window": 100}),
+    ],
+)
+def test_long_sequences_of_one_length_on_a_gpu(lengths, head_size, options, dtype, turned):
+    if dtype == BF16 and torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("no bfloat16")
+    assert_as_exact_as_the_reference(lengths, 2, head_size, dtype, GPU, turned, room=0, **options)
+
+
+@needs_gpu
+def test_sequences_of_one_length_have_no_mask_on_a_gpu(monkeypatch):
+    given, attend = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *a, **o: given.append(o["attn_mask"]) or attend(*a, **o)
+    )
+    if choose_long(GPU, HALF, 64, dense=True).reason != EQUAL:
+        pytest.skip("not on this card")
+    qkv = randn(1400, 3, 2, 64, dtype=HALF, device=GPU)
+    results(handed_over, qkv, qkv[:, 0], boundaries((700, 700), GPU), 700)
+    assert given == [None]
 
 
 @needs_gpu

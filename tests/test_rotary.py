@@ -1,0 +1,103 @@
+"""Rotary embedding of q and k in one kernel, with its gradient: `turn`, against the definition in fp64.
+
+The rule is that of the kernels: an error at most twice that of the definition in the same dtype.
+
+Shapes: T tokens, H heads, D head size.
+"""
+
+import pytest
+import torch
+
+from cramfast.kernels import Launch
+from cramfast.kernels.rotary import rotate, turn
+from cramfast.kernels.sequences import sequence_positions
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = pytest.mark.usefixtures("triton_kernels", "poisoned", "bf16_as_on_gpus")
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+LENGTHS = (1, 0, 63, 100, 17)
+
+
+def randn(*shape, dtype, seed=0):
+    generator = torch.Generator().manual_seed(1000 * seed + sum(shape))
+    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+
+def boundaries(lengths=LENGTHS):
+    return torch.tensor((0, *lengths), device=DEVICE).cumsum(0).int()
+
+
+def tables(positions, head_size, dtype=torch.float32):
+    angle = torch.arange(positions)[:, None] * 100.0 ** -(torch.arange(0, head_size, 2) / head_size)
+    return angle.cos().to(DEVICE, dtype), angle.sin().to(DEVICE, dtype)
+
+
+def by_definition(qkv, cu_seqlens, cos, sin):
+    _, position = sequence_positions(cu_seqlens, len(qkv))
+    q, k, v = qkv.unbind(1)
+    return torch.stack([*(rotate(x, cos[position, None], sin[position, None]) for x in (q, k)), v], dim=1)
+
+
+def results(function, qkv, grad, *arguments):
+    qkv = qkv.detach().requires_grad_()
+    out = function(qkv, *arguments)
+    return out.detach(), *torch.autograd.grad(out, qkv, grad)
+
+
+@DTYPES
+@pytest.mark.parametrize("of_tables", [torch.float32, None])
+@pytest.mark.parametrize(("heads", "head_size"), [(1, 64), (3, 32), (2, 96), (2, 40), (1, 6)])
+def test_it_is_the_definition_and_so_is_its_gradient(launched, dtype, heads, head_size, of_tables):
+    shape = sum(LENGTHS), 3, heads, head_size
+    qkv, grad, ends = randn(*shape, dtype=dtype), randn(*shape, dtype=dtype, seed=1), boundaries()
+    cos, sin = tables(max(LENGTHS) + 5, head_size, of_tables or dtype)
+    ours = results(turn, qkv, grad, ends, cos, sin)
+    assert [(name, constants["BACK"]) for name, constants in launched] == [
+        ("_turn_kernel", False),
+        ("_turn_kernel", True),
+    ]
+    theirs = results(by_definition, qkv, grad, ends, cos, sin)
+    exact = results(by_definition, qkv.double(), grad.double(), ends, cos.double(), sin.double())
+    for our, their, true in zip(ours, theirs, exact, strict=True):
+        assert (our.dtype, our.shape) == (their.dtype, their.shape)
+        assert (our - true).norm() <= 2 * (their - true).norm()
+        assert torch.equal(our[:, 2], their[:, 2])
+
+
+def test_tensors_with_gaps():
+    qkv, ends, angles = randn(sum(LENGTHS), 3, 2, 64, dtype=torch.float16), boundaries(), tables(100, 32)
+    spread = qkv[..., ::2]
+    assert torch.equal(turn(spread, ends, *angles), turn(spread.contiguous(), ends, *angles))
+    one = torch.ones((), dtype=torch.float16, device=DEVICE)
+    (gradient,) = results(turn, spread, one.expand(spread.shape), ends, *angles)[1:]
+    (expected,) = results(turn, spread, one.expand(spread.shape).contiguous(), ends, *angles)[1:]
+    assert torch.equal(gradient, expected)
+
+
+def test_other_dtypes_take_the_definition(monkeypatch):
+    monkeypatch.setenv("CRAMFAST_KERNELS", "auto")
+    monkeypatch.setattr(Launch, "__call__", None)
+    qkv, ends, angles = randn(sum(LENGTHS), 3, 2, 32, dtype=torch.float32), boundaries(), tables(100, 32)
+    torch.testing.assert_close(turn(qkv, ends, *angles), by_definition(qkv, ends, *angles))
+
+
+def test_no_tokens():
+    qkv = randn(0, 3, 2, 32, dtype=torch.float16)
+    out, gradient = results(turn, qkv, qkv, boundaries((0, 0)), *tables(4, 32))
+    assert out.shape == gradient.shape == qkv.shape
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("back", [False, True])
+def test_opcheck(back):
+    qkv = randn(9, 3, 2, 16, dtype=torch.float16).requires_grad_()
+    angles = torch.cat(tables(9, 16), dim=1).half()
+    torch.library.opcheck(torch.ops.cramfast.turn_packed.default, (qkv, angles, back))
+
+
+def test_twenty_times_the_same():
+    qkv, ends, angles = randn(sum(LENGTHS), 3, 2, 32, dtype=torch.bfloat16), boundaries(), tables(100, 32)
+    first = results(turn, qkv, qkv, ends, *angles)
+    for _ in range(19):
+        assert all(map(torch.equal, first, results(turn, qkv, qkv, ends, *angles)))

@@ -104,8 +104,7 @@ def _run(kernel, tuning, tensors, qkv, groups, tile, longest, scale, window, dro
     programs = count * heads * (1 if tile or in_gluon else ceil_div(longest, BLOCK))
     if tuning.programs and qkv.device.type == "cuda":
         programs = min(programs, multiprocessors(qkv.device) * tuning.programs)
-    scalars = (total, count if tile else longest, window, scale, dropout)
-    launch(programs, *tensors, *scalars[: len(launch.scalars)])
+    launch(programs, *tensors, total, count if tile else longest, window, scale, dropout)
 
 
 def attention_forward(qkv, groups, bounds, angles, seed, tile, longest, scale, window, dropout):
@@ -133,7 +132,9 @@ def attention_backward(dout, qkv, out, lse, groups, bounds, angles, seed, tile, 
         _run(backward_tile, setting.backward, (dout, qkv, lse, groups, bounds, angles, seed, dqkv), *rest)
     elif setting.backward_keys is None:
         delta = (torch.empty_like(lse),) if isinstance(setting.backward, Steps) else ()
-        _run(backward_queries, setting.backward, (dout, qkv, out, lse, groups, bounds, angles, dqkv, *delta), *rest)
+        _run(
+            backward_queries, setting.backward, (dout, qkv, out, lse, groups, bounds, angles, seed, dqkv, *delta), *rest
+        )
     else:
         delta, options = torch.empty_like(lse), (groups, bounds, angles, seed)
         _run(backward_queries, setting.backward, (dout, qkv, out, lse, *options, dqkv, delta), *rest)
@@ -229,7 +230,7 @@ def attention_layout(cu_seqlens, total, head_size, max_seqlen, *, cos, sin, soft
     look_up = capability_of if torch.compiler.is_compiling() else _remembered_capability  # tracing warns of a cache
     capability, dropout = look_up(cu_seqlens.device), dropout_p > 0
     tile = tile_for(head_size, max_seqlen, cos is not None, dropout, capability)
-    block = tile or block_for(head_size, dropout, capability)
+    block = tile or block_for(head_size, capability)
     groups = bounds = angles = None
     # Where the sequences just fill their tiles or blocks, nothing needs a mask.
     fitting = max_seqlen == tile if tile else max_seqlen % block == 0

@@ -26,7 +26,7 @@ from .attention_hopper_parts import (
     turn,
     whole_rows,
 )
-from .attention_parts import group_at, is_kept
+from .attention_parts import generator_of, group_at, is_kept
 from .language import async_copy, fence_async_shared, gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait
 from .tiles import chunk_of, split, vectors
 
@@ -98,7 +98,7 @@ def _multiply_forward(
         p = gl.exp2(s * (scale * LOG2_E) - m[:, None])
         total = gl.sum(p, 1)
         if seed_ptr is not None:
-            kept = is_kept(seed_ptr, start + place[:, None], start + others[None, :], item % H, dropout)
+            kept = is_kept(generator_of(seed_ptr, item % H), start, 0, place[:, None], 0, others[None, :], dropout)
             p = gl.where(kept, p, 0.0)
         weights = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, narrow, 2))
         out = warpgroup_mma(weights, v, gl.zeros([TILE, D], gl.float32, narrow), use_acc=False)
@@ -276,7 +276,7 @@ def _multiply_backward(
             p = gl.where(seen_of(sights.index(stage), square), p, 0.0)
         if seed_ptr is not None:
             start, _ = group_at(groups_ptr, item // H, TILE)
-            kept = is_kept(seed_ptr, start + place[:, None], start + others[None, :], item % H, dropout)
+            kept = is_kept(generator_of(seed_ptr, item % H), start, 0, place[:, None], 0, others[None, :], dropout)
             # What is dropped is told by its sign from here on: masks of their own would be too much for the registers.
             p = gl.where(kept, p, -p)
             weights.store(gl.maximum(p, 0.0).to(dtype))

@@ -1,5 +1,5 @@
 """The backward kernel of `attention.py` for batches whose longest sequence has 129 to 256 tokens, on cards of compute
-capability 9.0, in Gluon. It knows no dropout, for which its threads have no registers left.
+capability 9.0, in Gluon.
 
 `backward_queries` and `backward_keys` go over the pairs of blocks twice, seven products in all, for a program has room
 for the gradient of one block. Here all of a group is in shared memory, two blocks of 128 tokens, and with it dq of one
@@ -16,8 +16,18 @@ waits. A barrier is waited for by the parity of how often its stage has been use
 Symbols in comments: T tokens of the batch, H heads, D head size.
 """
 
-from .attention_hopper_parts import fetch_line, fetch_rows, items_of, note_delta, note_sight, seen_in, store_block
-from .attention_parts import group_at
+from .attention_hopper_parts import (
+    fetch_line,
+    fetch_rows,
+    items_of,
+    more_of,
+    note_delta,
+    note_sight,
+    seen_in,
+    share_of,
+    store_block,
+)
+from .attention_parts import generator_of, group_at, is_kept
 from .language import async_copy, fence_async_shared, gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait
 from .tiles import split
 
@@ -51,7 +61,14 @@ def _write(weights, x):
 
 
 @gluon.jit
-def _multiply(groups_ptr, tiles, weights, parts, lines, barriers, T, span, scale, H: gl.constexpr):
+def _dp_less_delta(dout, v, deltas, square: gl.constexpr):
+    """dP - delta, on its way. The product goes on from minus delta, which then needs no register when there is none."""
+    less = gl.zeros([BLOCK, BLOCK], gl.float32, square) - deltas.load(gl.SliceLayout(1, square))[:, None]
+    return warpgroup_mma(dout, v.permute((1, 0)), less, is_async=True)
+
+
+@gluon.jit
+def _multiply(groups_ptr, seed_ptr, tiles, weights, parts, lines, barriers, T, span, scale, dropout, H: gl.constexpr):
     """`weights` (BLOCK, BLOCK) holds P, then dS, for the products that take them on their side; `parts` dq of the keys
     before."""
     q_tiles, dout_tiles, k_tiles, v_tiles = tiles
@@ -63,10 +80,12 @@ def _multiply(groups_ptr, tiles, weights, parts, lines, barriers, T, span, scale
     square: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, D, 16])
     of_rows: gl.constexpr = gl.SliceLayout(1, square)
+    rows = gl.arange(0, BLOCK, layout=of_rows)
+    columns = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, square))
     item, block = gl.program_id(0), 0
     # Asked for again and again: there is no register to keep it in.
     while item < items_of(groups_ptr, T, span, H):
-        length = _group_of(groups_ptr, item, span, H)[2]
+        head, start, length = _group_of(groups_ptr, item, span, H)
         dk = gl.zeros([BLOCK, D], gl.float32, narrow)
         dv = gl.zeros([BLOCK, D], gl.float32, narrow)
         blocks = (length + BLOCK - 1) // BLOCK
@@ -84,18 +103,32 @@ def _multiply(groups_ptr, tiles, weights, parts, lines, barriers, T, span, scale
             if key == 0:
                 mbarrier.wait(ready.index(stage), (block + query) // STAGES & 1)
             s = warpgroup_mma(q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
-            # The product goes on from minus delta, which then needs no register when there are least.
-            less_delta = nothing - deltas.index(stage).load(of_rows)[:, None]
-            dp = warpgroup_mma(dout, v.permute((1, 0)), less_delta, is_async=True)
-            s = warpgroup_mma_wait(1, deps=(s,))
+            if seed_ptr is None:
+                dp = _dp_less_delta(dout, v, deltas.index(stage), square)
+                s = warpgroup_mma_wait(1, deps=(s,))
+            else:
+                s = warpgroup_mma_wait(0, deps=(s,))
             lse = lse_lines.index(stage).load(of_rows)
             p = gl.exp2(s * (scale * LOG2_E) - lse[:, None])
             if MASKED:
                 p = gl.where(seen_in(sights.index(stage), key * BLOCK, BLOCK, square), p, 0.0)
-            _write(weights, p.to(dtype))
+            kept = p
+            if seed_ptr is not None:
+                # What is dropped is told by its sign from here on: dS of it is delta alone.
+                queries, keys = query * BLOCK, key * BLOCK
+                chosen = is_kept(
+                    generator_of(seed_ptr, head), start, queries, rows[:, None], keys, columns[None, :], dropout
+                )
+                p = gl.where(chosen, p, -p)
+                kept = gl.maximum(p, 0.0)
+            _write(weights, kept.to(dtype))
+            if seed_ptr is not None:
+                dp = _dp_less_delta(dout, v, deltas.index(stage), square)
             fence_async_shared()
             dv = warpgroup_mma(weights.permute((1, 0)), dout, dv, use_acc=query > 0, is_async=True)
             dp = warpgroup_mma_wait(1, deps=(dp,))
+            if seed_ptr is not None:
+                dp = gl.where(p > 0, dp, deltas.index(stage).load(of_rows)[:, None])
             ds = (p * dp).to(dtype)
             dv = warpgroup_mma_wait(0, deps=(dv,))
             _write(weights, ds)
@@ -109,12 +142,13 @@ def _multiply(groups_ptr, tiles, weights, parts, lines, barriers, T, span, scale
             if key + 1 < blocks:
                 parts.index(stage).store(dq)
             else:
-                q.store((dq * scale).to(dtype))
+                q.store((dq * (scale * more_of(seed_ptr, dropout))).to(dtype))
                 mbarrier.arrive(done.index(stage), count=1)
             query += 1
             if query == blocks:
-                v.store(dv.to(dtype))
-                k.store((dk * scale).to(dtype))
+                more = more_of(seed_ptr, dropout)
+                v.store((dv * more).to(dtype))
+                k.store((dk * (scale * more)).to(dtype))
                 mbarrier.arrive(kv_done.index(kv_stage), count=1)
                 key, query = key + 1, 0
         item += gl.num_programs(0)
@@ -137,7 +171,7 @@ def _after(position, length):
 
 @gluon.jit
 def _move(
-    data, groups_ptr, bounds_ptr, angles_ptr, tiles, parts, lines, barriers, T, span, window,
+    data, groups_ptr, bounds_ptr, angles_ptr, seed_ptr, tiles, parts, lines, barriers, T, span, window, dropout,
     H: gl.constexpr, WINDOWED: gl.constexpr,
 ):  # fmt: skip
     """Stores what has been computed of a block and loads the one that takes its place, two blocks on."""
@@ -183,7 +217,9 @@ def _move(
             if MASKED:
                 note_sight(sights.index(stage), bounds_ptr, start, first, length, T, window, WINDOWED)
             async_copy.wait_group(0)
-            note_delta(deltas.index(stage), outs, 2 * stage, dout_tiles, stage, None, BLOCK)
+            note_delta(
+                deltas.index(stage), outs, 2 * stage, dout_tiles, stage, None, BLOCK, share_of(seed_ptr, dropout)
+            )
             fence_async_shared()
             mbarrier.arrive(ready.index(stage), count=1)
             position_ahead, ahead = _after(position_ahead, length), ahead + 1
@@ -198,11 +234,13 @@ def backward_blocks_hopper(
     groups_ptr,  # (1 + groups, 2) or None
     bounds_ptr,  # (2, T) or None
     angles_ptr,  # (T, D), cos and sin side by side, (span, D) without groups, or None
+    seed_ptr,  # (1,) or None
     dqkv_ptr,  # (T, 3, H, D)
     T,
     span,  # of a group, the most it can have
     window,
     scale,
+    dropout,
     H: gl.constexpr,
     D: gl.constexpr,
     WINDOWED: gl.constexpr,
@@ -228,11 +266,27 @@ def backward_blocks_hopper(
         [
             (
                 _move,
-                (data, groups_ptr, bounds_ptr, angles_ptr, tiles, parts, lines, barriers, T, span, window, H, WINDOWED),
+                (
+                    data,
+                    groups_ptr,
+                    bounds_ptr,
+                    angles_ptr,
+                    seed_ptr,
+                    tiles,
+                    parts,
+                    lines,
+                    barriers,
+                    T,
+                    span,
+                    window,
+                    dropout,
+                    H,
+                    WINDOWED,
+                ),
             ),
             (
                 _multiply,
-                (groups_ptr, tiles, weights, parts, lines, barriers, T, span, scale, H),
+                (groups_ptr, seed_ptr, tiles, weights, parts, lines, barriers, T, span, scale, dropout, H),
             ),
         ],
         [MULTIPLIERS],

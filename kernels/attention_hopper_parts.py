@@ -225,8 +225,27 @@ def seen_in(line, first, COLUMNS: gl.constexpr, scores: gl.constexpr):
 
 
 @gluon.jit
-def note_delta(line, outs, which, douts, stage, pointer, length):
-    """rowsum(out * dout) of a block of rows; to memory too, as many as there are, unless `pointer` is None."""
+def share_of(seed_ptr, dropout):
+    """Of the weights, that dropout leaves; 1 without."""
+    if seed_ptr is None:
+        return 1.0
+    else:
+        return 1.0 - dropout
+
+
+@gluon.jit
+def more_of(seed_ptr, dropout):
+    """By what the weights are multiplied that dropout leaves; 1 without."""
+    if seed_ptr is None:
+        return 1.0
+    else:
+        return 1.0 / (1.0 - dropout)
+
+
+@gluon.jit
+def note_delta(line, outs, which, douts, stage, pointer, length, share):
+    """rowsum(out * dout) of a block of rows, times `share`; to memory too, as many as there are, unless `pointer` is
+    None."""
     D: gl.constexpr = douts.shape[2]
     ROWS: gl.constexpr = 256 // D * gl.num_warps() * 2
     PIECES: gl.constexpr = douts.shape[1] // ROWS
@@ -235,7 +254,7 @@ def note_delta(line, outs, which, douts, stage, pointer, length):
     for piece in gl.static_range(PIECES):
         out = chunk_of(outs, which, piece, ROWS).load(layout).to(gl.float32)
         dout = chunk_of(douts, stage, piece, ROWS).load(layout).to(gl.float32)
-        delta = gl.sum(out * dout, 1)
+        delta = gl.sum(out * dout, 1) * share
         pieces.index(piece).store(delta)
         if pointer is not None:
             place = piece * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))

@@ -1,5 +1,5 @@
 """The backward kernel of `attention.py` for batches whose longest sequence has 257 to 512 tokens, on cards of compute
-capability 9.0, in Gluon. It knows no dropout.
+capability 9.0, in Gluon.
 
 `backward_queries` and `backward_keys` go over the pairs of blocks twice, seven products in all. Here one block of 128
 keys after the other meets all queries of its group, 64 at a step, and keeps dk and dv in registers; dq of all steps
@@ -25,13 +25,15 @@ from .attention_hopper_parts import (
     fetch_line,
     fetch_rows,
     items_of,
+    more_of,
     note_delta,
     note_sight,
     seen_in,
+    share_of,
     store_block,
     store_rows,
 )
-from .attention_parts import group_at
+from .attention_parts import generator_of, group_at, is_kept
 from .language import async_copy, fence_async_shared, gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 LOG2_E = gl.constexpr(1.4426950408889634)
@@ -112,20 +114,23 @@ def _first_block(groups_ptr, items, span, H: gl.constexpr):
 
 
 @gluon.jit
-def _note_delta(memory, delta_ptr, T, of):
-    """delta of a step's rows, `of` which: its place in the ring, its number, head, first token and how many follow."""
+def _note_delta(memory, delta_ptr, T, share, of):
+    """delta of a step's rows times `share`, `of` which: its place in the ring, its number, head, first token and how
+    many follow."""
     ring, _, _, parts, lines, _, barriers = memory
     n, number, head, start, left = of
     stage = n % STAGES
     halves = ring._reinterpret(ring.dtype, [2 * STAGES, STEP, ring.shape[2]], ring.layout)
     outs = parts._reinterpret(ring.dtype, [2 * STEPS, STEP, ring.shape[2]], ring.layout)
     line, row = lines.index(STAGES + stage), delta_ptr + (head.to(gl.int64) * T + start)
-    note_delta(line, outs, number % STEPS * 2, halves, 2 * stage + 1, row, left)
+    note_delta(line, outs, number % STEPS * 2, halves, 2 * stage + 1, row, left, share)
     mbarrier.arrive(barriers.index(READY + number % STAGES), count=1)
 
 
 @gluon.jit
-def _load(data, groups_ptr, bounds_ptr, memory, T, span, window, H: gl.constexpr, WINDOWED: gl.constexpr):
+def _load(
+    data, groups_ptr, bounds_ptr, seed_ptr, memory, T, span, window, dropout, H: gl.constexpr, WINDOWED: gl.constexpr
+):  # fmt: skip
     """Computes delta, and what rows see, while the next copies are on their way."""
     dout_ptr, qkv_ptr, out_ptr, lse_ptr, delta_ptr = data
     ring, k_tiles, _, parts, lines, sights, barriers = memory
@@ -139,6 +144,7 @@ def _load(data, groups_ptr, bounds_ptr, memory, T, span, window, H: gl.constexpr
     item, key, start, length, base = _first_block(groups_ptr, items, span, H)
     n, blocks = 0, 0
     new, before = False, (n, n, item, start, length)
+    share = share_of(seed_ptr, dropout)
     while item < items:
         head, slot, stage = item % H, blocks % 2, n % STAGES
         row = head.to(gl.int64) * T
@@ -153,7 +159,7 @@ def _load(data, groups_ptr, bounds_ptr, memory, T, span, window, H: gl.constexpr
         async_copy.commit_group()
         if new:
             async_copy.wait_group(1)
-            _note_delta(memory, delta_ptr, T, before)
+            _note_delta(memory, delta_ptr, T, share, before)
         if MASKED:
             note_sight(sights.index(slot), bounds_ptr, start, key, length, T, window, WINDOWED)
             mbarrier.arrive(barriers.index(NOTED + slot), count=1)
@@ -177,13 +183,13 @@ def _load(data, groups_ptr, bounds_ptr, memory, T, span, window, H: gl.constexpr
             async_copy.commit_group()
             if was_new:
                 async_copy.wait_group(1)
-                _note_delta(memory, delta_ptr, T, before)
+                _note_delta(memory, delta_ptr, T, share, before)
             before, n = (n, number, head, at, left), n + 1
         item, key, start, length, base = _block_after(groups_ptr, (item, key, start, length, base), items, span, H)
         blocks += 1
     if new:
         async_copy.wait_group(0)
-        _note_delta(memory, delta_ptr, T, before)
+        _note_delta(memory, delta_ptr, T, share, before)
 
 
 @gluon.jit
@@ -200,7 +206,7 @@ def _store_dv(
 
 @gluon.jit
 def _multiply(
-    dqkv_ptr, groups_ptr, memory, T, span, window, scale,
+    dqkv_ptr, groups_ptr, seed_ptr, memory, T, span, window, scale, dropout,
     WHICH: gl.constexpr, H: gl.constexpr, WINDOWED: gl.constexpr,
 ):  # fmt: skip
     """Everything of one half of each block of keys: the first, or the second, by `WHICH`."""
@@ -213,6 +219,8 @@ def _multiply(
     square: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, STEP, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, D, 16])
     of_columns: gl.constexpr = gl.SliceLayout(0, square)
+    rows = gl.arange(0, HALF, layout=gl.SliceLayout(1, square))
+    columns = gl.arange(0, STEP, layout=of_columns)
     halves = ring._reinterpret(dtype, [2 * STAGES, STEP, D], ring.layout)
     k_halves = k_tiles._reinterpret(dtype, [4, HALF, D], k_tiles.layout)
     sight_halves = sights._reinterpret(gl.int32, [4, HALF], sights.layout)
@@ -229,6 +237,9 @@ def _multiply(
     nothing = gl.zeros([HALF, STEP], gl.float32, square)
     s = warpgroup_mma(k_halves.index(WHICH), halves.index(2).permute((1, 0)), nothing, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=(s,))
+    generator = None
+    if seed_ptr is not None:
+        generator = generator_of(seed_ptr, at[0] % H)
     while at[0] < items:
         item, key, start, length, base = at
         stage, half, number = n % STAGES, blocks % 2 * 2 + WHICH, base + step
@@ -242,6 +253,8 @@ def _multiply(
             mbarrier.arrive(barriers.index(DONE + (n - 1) % STAGES), count=1)
             if MASKED:
                 mbarrier.wait(barriers.index(NOTED + blocks % 2), blocks // 2 & 1)
+            if seed_ptr is not None:
+                generator = generator_of(seed_ptr, item % H)
         new = _is_new(key, step, window, WINDOWED)
         if new:
             mbarrier.wait(barriers.index(READY + number % STAGES), number // STAGES & 1)
@@ -252,9 +265,19 @@ def _multiply(
         p = gl.exp2(s * (scale * LOG2_E) - lse[None, :])
         if MASKED:
             p = gl.where(seen_in(sight_halves.index(half), step * STEP, STEP, square), p, 0.0)
-        taken = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, narrow, 2))
+        kept = p
+        if seed_ptr is not None:
+            # What is dropped is told by its sign from here on: dS of it is delta alone.
+            chosen = is_kept(
+                generator, start, step * STEP, columns[None, :], key + WHICH * HALF, rows[:, None], dropout
+            )
+            p = gl.where(chosen, p, -p)
+            kept = gl.maximum(p, 0.0)
+        taken = gl.convert_layout(kept.to(dtype), gl.DotOperandLayout(0, narrow, 2))
         dv = warpgroup_mma(taken, dout, dv, use_acc=step > first, is_async=True)
         dp = warpgroup_mma_wait(1, deps=(dp,))
+        if seed_ptr is not None:
+            dp = gl.where(p > 0, dp, lines.index(STAGES + stage).load(of_columns)[None, :])
         ds = (p * dp).to(dtype)
         dv = warpgroup_mma_wait(0, deps=(dv,))
         at_2, step_2, n_2, blocks_2 = _step_after(
@@ -289,21 +312,24 @@ def _multiply(
         if WHICH == 1 and _is_final(key, step, length, window, WINDOWED):
             mbarrier.arrive(barriers.index(DQ_DONE + number % STEPS), count=1)
         if last:
-            k.store((dk * scale).to(dtype))
+            more = more_of(seed_ptr, dropout)
+            k.store((dk * (scale * more)).to(dtype))
             mbarrier.arrive(barriers.index(K_DONE + blocks % 2), count=1)
-            _store_dv(dqkv_ptr, dv, item % H, start, key + WHICH * HALF, length, H, MASKED, narrow)
+            _store_dv(dqkv_ptr, dv * more, item % H, start, key + WHICH * HALF, length, H, MASKED, narrow)
         at, step, n, blocks = at_2, step_2, n_2, blocks_2
 
 
 @gluon.jit
 def _store(
-    dqkv_ptr, groups_ptr, angles_ptr, memory, T, span, window, scale, H: gl.constexpr, WINDOWED: gl.constexpr
+    dqkv_ptr, groups_ptr, angles_ptr, seed_ptr, memory, T, span, window, scale, dropout,
+    H: gl.constexpr, WINDOWED: gl.constexpr,
 ):  # fmt: skip
     _, k_tiles, _, parts, _, _, barriers = memory
     MASKED: gl.constexpr = groups_ptr is not None
     items = items_of(groups_ptr, T, span, H)
     item, key, start, length, base = _first_block(groups_ptr, items, span, H)
     blocks = 0
+    scale *= more_of(seed_ptr, dropout)
     while item < items:
         head, slot = item % H, blocks % 2
         first, end = _steps_of(key, length, window, WINDOWED)
@@ -330,12 +356,14 @@ def backward_steps_hopper(
     groups_ptr,  # (1 + groups, 2) or None
     bounds_ptr,  # (2, T) or None
     angles_ptr,  # (T, D), cos and sin side by side, (span, D) without groups, or None
+    seed_ptr,  # (1,) or None
     dqkv_ptr,  # (T, 3, H, D)
-    delta_ptr,  # (H, T): rowsum(out * dout)
+    delta_ptr,  # (H, T): rowsum(out * dout), times the share of weights that dropout leaves
     T,
     span,  # of a group, the most it can have
     window,
     scale,
+    dropout,
     H: gl.constexpr,
     D: gl.constexpr,
     WINDOWED: gl.constexpr,
@@ -361,10 +389,13 @@ def backward_steps_hopper(
     data = (dout_ptr, qkv_ptr, out_ptr, lse_ptr, delta_ptr)
     gl.warp_specialize(
         [
-            (_store, (dqkv_ptr, groups_ptr, angles_ptr, memory, T, span, window, scale, H, WINDOWED)),
-            (_load, (data, groups_ptr, bounds_ptr, memory, T, span, window, H, WINDOWED)),
-            (_multiply, (dqkv_ptr, groups_ptr, memory, T, span, window, scale, 0, H, WINDOWED)),
-            (_multiply, (dqkv_ptr, groups_ptr, memory, T, span, window, scale, 1, H, WINDOWED)),
+            (
+                _store,
+                (dqkv_ptr, groups_ptr, angles_ptr, seed_ptr, memory, T, span, window, scale, dropout, H, WINDOWED),
+            ),
+            (_load, (data, groups_ptr, bounds_ptr, seed_ptr, memory, T, span, window, dropout, H, WINDOWED)),
+            (_multiply, (dqkv_ptr, groups_ptr, seed_ptr, memory, T, span, window, scale, dropout, 0, H, WINDOWED)),
+            (_multiply, (dqkv_ptr, groups_ptr, seed_ptr, memory, T, span, window, scale, dropout, 1, H, WINDOWED)),
         ],
         [4, 4, 4],
         [LOADERS_REGISTERS, MULTIPLIERS_REGISTERS, MULTIPLIERS_REGISTERS],

@@ -21,6 +21,7 @@ Symbols in comments: T tokens of the batch, H heads, D head size.
 
 from .attention_parts import (
     block_of,
+    generator_of,
     group_at,
     is_kept,
     load_matrix,
@@ -85,7 +86,9 @@ def forward_tile(
         total = tl.sum(p, 1)
         share = 1.0 / total
         if seed_ptr is not None:
-            p = tl.where(is_kept(seed_ptr, start + place[:, None], start + place[None, :], head, dropout), p, 0.0)
+            p = tl.where(
+                is_kept(generator_of(seed_ptr, head), start, 0, place[:, None], 0, place[None, :], dropout), p, 0.0
+            )
             share /= 1.0 - dropout
         out = tl.dot(p.to(v.dtype), v) * share[:, None]
         store_matrix(out_ptr + start.to(tl.int64) * (H * D) + head * D, out, place, valid, H * D, D, WIDTH, MASKED)
@@ -140,7 +143,7 @@ def backward_tile(
         dp = tl.dot(do, tl.trans(v))
         dropped = p
         if seed_ptr is not None:
-            kept = is_kept(seed_ptr, start + place[:, None], start + place[None, :], head, dropout)
+            kept = is_kept(generator_of(seed_ptr, head), start, 0, place[:, None], 0, place[None, :], dropout)
             dropped = tl.where(kept, p, 0.0)
             dp = tl.where(kept, dp * (1.0 / (1.0 - dropout)), 0.0)
         dv = tl.dot(tl.trans(dropped.to(q.dtype)), do)
@@ -212,7 +215,13 @@ def forward_blocks(
             p = tl.exp2(s * (scale * LOG2_E) - base[:, None])
             total = total * rescale + tl.sum(p, 1)
             if seed_ptr is not None:
-                p = tl.where(is_kept(seed_ptr, start + place[:, None], start + key[None, :], head, dropout), p, 0.0)
+                p = tl.where(
+                    is_kept(
+                        generator_of(seed_ptr, head), start, first, rows[:, None], other, columns[None, :], dropout
+                    ),
+                    p,
+                    0.0,
+                )
             out = tl.dot(p.to(v.dtype), v, out * rescale[:, None])
             m = m_new
         share = 1.0 / total
@@ -281,7 +290,9 @@ def backward_queries(
             if MASKED:
                 p = tl.where(seen_by(low[:, None], size[:, None], key[None, :]), p, 0.0)
             if seed_ptr is not None:
-                kept = is_kept(seed_ptr, start + place[:, None], start + key[None, :], head, dropout)
+                kept = is_kept(
+                    generator_of(seed_ptr, head), start, first, rows[:, None], other, columns[None, :], dropout
+                )
                 dp = tl.where(kept, dp * (1.0 / (1.0 - dropout)), 0.0)
             dq = tl.dot((p * (dp - delta[:, None])).to(q.dtype), k, dq)
         dq *= scale
@@ -351,7 +362,9 @@ def backward_keys(
                 p = tl.where(seen_by(low[:, None], size[:, None], query[None, :]), p, 0.0)
             dropped = p
             if seed_ptr is not None:
-                kept = is_kept(seed_ptr, start + query[None, :], start + place[:, None], head, dropout)
+                kept = is_kept(
+                    generator_of(seed_ptr, head), start, other, columns[None, :], first, rows[:, None], dropout
+                )
                 dropped = tl.where(kept, p, 0.0)
                 dp = tl.where(kept, dp * (1.0 / (1.0 - dropout)), 0.0)
             dv = tl.dot(dropped.to(q.dtype), do, dv)

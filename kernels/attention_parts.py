@@ -222,12 +222,31 @@ def _mix(x):
 
 
 @triton.jit
-def is_kept(seed_ptr, query, key, head, dropout):
-    """Whether the weight of `key` for `query` is kept; operands broadcast. The tokens' numbers in the batch decide, so
-    that it does not matter which kernel asks, or in which order."""
-    # Philox begins a generator for each head, from which each query splits off its own, for its keys to draw from:
-    # SplitMix, for a number from Philox for each weight would take longer than all else.
-    a, b, c, d = tl.philox(tl.load(seed_ptr), head, 0, 0, 0)
-    start, step = _mix(a + query.to(tl.uint32) * (b | 1)), _mix(c + query.to(tl.uint32) * (d | 1))
-    start, step = start ^ (start >> 16), step ^ (step >> 16) | 1
-    return _mix(start + key.to(tl.uint32) * step) >= tl.cast(dropout * 4294967296.0, tl.uint32)
+def _factor(place, SALT: tl.constexpr):
+    """One of four odd factors, by two bits of `place`."""
+    return _mix(((place >> 3 & 3) + 1).to(tl.uint32) * SALT) | 1
+
+
+@triton.jit
+def generator_of(seed_ptr, head):
+    """What the random numbers of a head begin with, by Philox: two of 32 bits, the second odd."""
+    begin, step, _, _ = tl.philox(tl.load(seed_ptr), head, 0, 0, 0)
+    return begin, step | 1
+
+
+@triton.jit
+def is_kept(generator, start, queries, query, keys, key, dropout):
+    """Whether the weight of key `keys` + `key` for query `queries` + `query` is kept, places in the group of the token
+    `start`. queries, keys: one number, a multiple of 32; query, key broadcast. The places decide, so that it does not
+    matter which kernel asks, or in which order."""
+    # From the head's generator each query splits off its own, for its keys to draw from: SplitMix, for a number from
+    # Philox for each weight would take longer than all else.
+    begin, step = generator
+    own = _mix(begin + (start + queries + (query & ~0x18)).to(tl.uint32) * step)
+    own ^= own >> 16
+    number = _mix(own + (keys + (key & ~0x18)).to(tl.uint32) * (own * 0x9E3779B1 | 1))
+    number ^= number >> 16
+    # Four queries and four keys share a number: a thread has them, or half of them, of a matrix product's results, and
+    # the compiler knows the factors. They are such that no two of the sixteen products hang together in short vectors.
+    number *= _factor(query, 0xA745D743) * _factor(key, 0xA48C9985)
+    return number >= tl.cast(dropout * 4294967296.0, tl.uint32)

@@ -103,10 +103,10 @@ def tile_for(head_size: int, longest: int, rotary: bool, dropout: bool, capabili
     return 128 if GLUON_AVAILABLE and head_size <= 64 and longest <= 128 and 90 <= capability < 100 else 0
 
 
-def block_for(head_size: int, dropout: bool, capability: int) -> int:
+def block_for(head_size: int, capability: int) -> int:
     """Tokens of which groups are made where there is no tile: as many as go together at the most, and of which a group
     that needs no mask has a multiple. 128 where a kernel for Hopper takes the backward pass."""
-    one_pass = GLUON_AVAILABLE and head_size <= 64 and not dropout and 90 <= capability < 100
+    one_pass = GLUON_AVAILABLE and head_size <= 64 and 90 <= capability < 100
     return 2 * BLOCK if one_pass else BLOCK
 
 
@@ -124,7 +124,7 @@ def setting_for(
         return _SMALL_TURNED_MASKED_TILE if masked else _SMALL_TURNED_TILE
     if tile:
         return _SMALL_TILE
-    if native and block_for(head_size, dropout, capability) > BLOCK:
+    if native and block_for(head_size, capability) > BLOCK:
         return _RESIDENT_BLOCKS if longest <= 256 else _STEPS
     if head_size > 64:
         return _WIDE_BLOCKS if capability < 120 else _WIDE_BLOCKS_OF_120
@@ -152,11 +152,11 @@ def launch_for(
         return Launch(kernel, tensors, scalars, constants, num_warps=8)
     if isinstance(tuning, Resident):
         constants |= {"WINDOWED": windowed, "MULTIPLIERS": 8, "MULTIPLIERS_REGISTERS": tuning.registers}
-        return Launch(backward_blocks_hopper, tensors, scalars[:-1], constants, num_warps=4)
+        return Launch(backward_blocks_hopper, tensors, scalars, constants, num_warps=4)
     if isinstance(tuning, Steps):
         constants |= {"WINDOWED": windowed, "MULTIPLIERS_REGISTERS": tuning.registers}
         constants |= {"LOADERS_REGISTERS": tuning.loader_registers}
-        return Launch(backward_steps_hopper, tensors, scalars[:-1], constants, num_warps=4)
+        return Launch(backward_steps_hopper, tensors, scalars, constants, num_warps=4)
     constants |= {"WIDTH": triton.next_power_of_2(head_size)} | size
     if not tile:
         constants["STEP"] = tuning.step
@@ -170,8 +170,8 @@ def _launches(dtype, capability):
         return []
     every = [(masked, rotary, False) for masked in (False, True) for rotary in (False, True)]
     with_dropout = (True, False, True)
-    of_hopper = dict.fromkeys(((32, 128), (32, 256), (32, 512), (64, 256)), every)
-    of_hopper |= {(64, 128): [*every, with_dropout]}
+    of_hopper = {(32, 128): every, (32, 256): every, (32, 512): every}
+    of_hopper |= {(64, 128): [*every, with_dropout], (64, 256): [*every, with_dropout]}
     cases = {
         (64, 64): [*every, with_dropout],
         **(of_hopper if capability == 90 else {}),
@@ -202,7 +202,7 @@ def _pass(dtype, head_size, longest, masked, rotary, dropout, capability):
         delta = (f32,) if isinstance(setting.backward, Steps) else ()
         kernels = [
             (forward_blocks, setting.forward, (dtype, *groups, seed, dtype, f32)),
-            (backward_queries, setting.backward, (dtype, dtype, dtype, f32, *groups, angles, dtype, *delta)),
+            (backward_queries, setting.backward, (dtype, dtype, dtype, f32, *groups, angles, seed, dtype, *delta)),
         ]
     else:
         options = (*groups, angles, seed)

@@ -285,8 +285,9 @@ def _translation(thing, replaced, done):
     return getattr(thing, "value", thing)
 
 
-def is_kept(seed, query, key, head, dropout):
+def is_kept(head, start, queries, query, keys, key, dropout):
     """In place of that of the kernels, which needs 32-bit arithmetic: as arbitrary, and to be had in a test too."""
+    query, key = start + queries + query, start + keys + key
     number = (query * 7919 + key * 104729 + head * 1299709).long() % 1009
     return number.as_subclass(torch.Tensor) >= 1009 * dropout
 
@@ -342,6 +343,7 @@ def run(kernel, programs: int, *arguments, num_warps: int = 8, slow: int | None 
             id(language.async_copy): copies,
             id(language.tma): matrices,
             id(language.fence_async_shared): lambda: None,
+            id(attention_parts.generator_of): lambda seed, head: head,
             id(attention_parts.is_kept): is_kept,
             id(language.warpgroup_mma): _product,
             id(language.warpgroup_mma_wait): lambda pending, deps: deps[0] if len(deps) == 1 else deps,

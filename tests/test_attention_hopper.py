@@ -1,6 +1,8 @@
 """The kernels of `attention_hopper.py` on the CPU, where `gluon_on_cpu` stands in for Gluon. On a card of compute
 capability 9.0 all tests of attention run them as they are."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from gluon_on_cpu import is_kept, run
 
 from cramfast.kernels import varlen_attention_reference
 from cramfast.kernels.attention_hopper import backward_tile_hopper, forward_tile_hopper
-from cramfast.kernels.rotary import token_angles
+from cramfast.kernels.rotary import token_angles, turn
 from cramfast.kernels.sequences import group_sequences
 from cramfast.model import rotary_tables
 
@@ -40,14 +42,36 @@ def attention(qkv, dout, lengths, size, programs, window=None, turned=False, dro
     return out, lse, dqkv
 
 
-def by_reference(qkv, dout, lengths, size, dtype, window=None, turned=False):
-    qkv = qkv.to(dtype).requires_grad_()
+def with_dropout(qkv, lengths, window, dropout):
+    """(out, lse) in the dtype of qkv (T, 3, H, D), whose q and k are turned, with the weights that the stand-in for
+    Gluon keeps; lse as the kernels have it."""
+    outs, lses, first = [], [], 0
+    for part in qkv.split(lengths):
+        token = first + torch.arange(len(part))
+        q, k, v = part.permute(1, 2, 0, 3)
+        scores = q @ k.mT * q.shape[-1] ** -0.5
+        if window is not None:
+            scores = scores.where((token[:, None] - token[None, :]).abs() <= window, float("-inf"))
+        kept = [is_kept(head, 0, 0, token[:, None], 0, token[None, :], dropout) for head in range(HEADS)]
+        weights = scores.softmax(-1) * torch.stack(kept) / (1 - dropout)
+        outs.append((weights.to(qkv.dtype) @ v).transpose(0, 1))
+        lses.append(scores.logsumexp(-1) / math.log(2))
+        first += len(part)
+    return torch.cat(outs), torch.cat(lses, dim=1)
+
+
+def by_reference(qkv, dout, lengths, size, dtype, window=None, turned=False, dropout=0.0):
+    leaf = qkv.detach().to(dtype).requires_grad_()
     cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
     wide = torch.promote_types(dtype, torch.float32)
-    tables = dict(zip(("cos", "sin"), (t.to(wide) for t in rotary_tables(max(lengths), size, 10_000.0)), strict=True))
-    out = varlen_attention_reference(qkv, cu_seqlens, max(lengths), window=window, **(tables if turned else {}))
+    cos, sin = (table.to(wide) for table in rotary_tables(max(lengths), size, 10_000.0))
+    if dropout:
+        out, _ = with_dropout(turn(leaf, cu_seqlens, cos, sin) if turned else leaf, lengths, window, dropout)
+    else:
+        tables = {"cos": cos, "sin": sin} if turned else {}
+        out = varlen_attention_reference(leaf, cu_seqlens, max(lengths), window=window, **tables)
     out.backward(dout.to(dtype))
-    return out.detach(), qkv.grad
+    return out.detach(), leaf.grad
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -95,21 +119,10 @@ def test_both_passes_leave_out_the_same_weights(lengths):
     dropout = 0.3
     qkv, dout = torch.randn(sum(lengths), 3, HEADS, 64).bfloat16(), torch.randn(sum(lengths), HEADS, 64).bfloat16()
     out, _, dqkv = attention(qkv, dout, lengths, 64, programs=3, dropout=dropout)
-
-    def of_dtype(dtype):
-        leaf, outputs, first = qkv.detach().to(dtype).requires_grad_(), [], 0
-        for part in leaf.split(lengths):
-            token = first + torch.arange(len(part))
-            q, k, v = part.permute(1, 2, 0, 3)
-            kept = [is_kept(None, token[:, None], token[None, :], head, dropout) for head in range(HEADS)]
-            p = (q @ k.mT * 64**-0.5).softmax(-1) * torch.stack(kept) / (1 - dropout)
-            outputs.append((p.to(dtype) @ v).transpose(0, 1))
-            first += len(part)
-        result = torch.cat(outputs)
-        result.backward(dout.to(dtype))
-        return result.detach(), leaf.grad
-
-    for found, torchs, expected in zip((out, dqkv), of_dtype(torch.bfloat16), of_dtype(torch.float64), strict=True):
+    of_dtype, exact = (
+        by_reference(qkv, dout, lengths, 64, dtype, dropout=dropout) for dtype in (torch.bfloat16, torch.float64)
+    )
+    for found, torchs, expected in zip((out, dqkv), of_dtype, exact, strict=True):
         assert (found - expected).norm() <= 2 * (torchs - expected).norm()
 
 

@@ -1,7 +1,6 @@
 """The kernels of `attention_hopper_blocks.py` and `attention_hopper_steps.py` on the CPU, where `gluon_on_cpu` stands
 in for Gluon. On a card of compute capability 9.0 all tests of attention run them as they are."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gluon_on_cpu import run
-from test_attention_hopper import by_reference
+from test_attention_hopper import by_reference, with_dropout
 
 from cramfast.kernels.attention_hopper_blocks import backward_blocks_hopper
 from cramfast.kernels.attention_hopper_steps import backward_steps_hopper
-from cramfast.kernels.long_attention import turn
-from cramfast.kernels.rotary import token_angles
+from cramfast.kernels.rotary import token_angles, turn
 from cramfast.kernels.sequences import group_sequences
 from cramfast.model import rotary_tables
 
@@ -54,21 +52,7 @@ STEPS = Kernel(
 kernels = pytest.mark.parametrize("kernel", [pytest.param(BLOCKS, id="blocks"), pytest.param(STEPS, id="steps")])
 
 
-def forward(qkv, lengths, window):
-    """(out, lse) in the dtype of qkv (T, 3, H, D), whose q and k are turned; lse as the kernels have it."""
-    outs, lses = [], []
-    for part in qkv.split(lengths):
-        token = torch.arange(len(part))
-        q, k, v = part.permute(1, 2, 0, 3)
-        scores = q @ k.mT * q.shape[-1] ** -0.5
-        if window is not None:
-            scores = scores.where((token[:, None] - token[None, :]).abs() <= window, float("-inf"))
-        outs.append((scores.softmax(-1) @ v).transpose(0, 1))
-        lses.append(scores.logsumexp(-1) / math.log(2))
-    return torch.cat(outs), torch.cat(lses, dim=1)
-
-
-def backward(kernel, qkv, dout, lengths, programs, window=None, turned=False, slow=None):
+def backward(kernel, qkv, dout, lengths, programs, window=None, turned=False, dropout=0.0, slow=None):
     """dqkv by the kernel, of which the partition `slow` is."""
     (total, _, _, size), span = qkv.shape, max(lengths)
     masked = len({*lengths}) > 1 or span % BLOCK > 0 or window is not None
@@ -80,10 +64,11 @@ def backward(kernel, qkv, dout, lengths, programs, window=None, turned=False, sl
         tables = rotary_tables(kernel.span, size, 10_000.0)
         angles = token_angles(*tables, bounds, total if masked else span)
         qkv = turn(qkv, cu_seqlens, *tables)
-    (out, lse), dqkv = forward(qkv.float(), lengths, window), torch.full_like(qkv, float("nan"))
+    (out, lse), dqkv = with_dropout(qkv.float(), lengths, window, dropout), torch.full_like(qkv, float("nan"))
+    seed = torch.tensor([1]) if dropout else None
     deltas = [torch.full_like(lse, float("nan"))] if kernel.notes_delta else []
-    tensors = (dout, qkv, out.to(qkv.dtype), lse, groups, bounds, angles, dqkv, *deltas)
-    scalars = (total, span, -1 if window is None else window, size**-0.5)
+    tensors = (dout, qkv, out.to(qkv.dtype), lse, groups, bounds, angles, seed, dqkv, *deltas)
+    scalars = (total, span, -1 if window is None else window, size**-0.5, dropout)
     constants = kernel.constants | {"H": HEADS, "D": size, "WINDOWED": window is not None}
     run(kernel.function, programs, *tensors, *scalars, num_warps=4, slow=slow, **constants)
     return dqkv
@@ -118,6 +103,9 @@ def assert_as_exact_as_the_reference(kernel, lengths, size, dtype, **options):
         pytest.param(True, 64, {}, id="ragged"),
         pytest.param(True, 64, {"turned": True}, id="ragged, rotary"),
         pytest.param(True, 32, {"turned": True, "window": 20}, id="ragged, rotary, window, heads of 32"),
+        pytest.param(False, 64, {"dropout": 0.3}, id="full, dropout"),
+        pytest.param(True, 64, {"dropout": 0.1}, id="ragged, dropout"),
+        pytest.param(True, 32, {"dropout": 0.5, "turned": True, "window": 70}, id="ragged, all of it, heads of 32"),
     ],
 )
 def test_results_are_as_exact_as_the_reference(kernel, ragged, size, options, dtype):
@@ -136,7 +124,9 @@ def test_so_are_those_of_one_block_and_more(kernel, lengths, size):
 
 
 @kernels
-@pytest.mark.parametrize("options", [{"turned": True}, {"window": 70}], ids=["rotary", "window"])
+@pytest.mark.parametrize(
+    "options", [{"turned": True}, {"window": 70}, {"dropout": 0.1}], ids=["rotary", "window", "dropout"]
+)
 @pytest.mark.parametrize("ragged", [False, True], ids=["full", "ragged"])
 def test_who_does_the_work_does_not_matter(kernel, ragged, options):
     """Rings that go round many times, not once, or not at all."""

@@ -20,6 +20,8 @@ from .startup import Starter, measure_startup
 _HERE = Path(__file__).parent
 # Host time is taken on these: many calls in the queue, next to no work for the GPU.
 _TINY = {"tokens": 64, "vocabulary": 256}
+# Steps and whole runs: a row takes up to a minute, where one of an operator takes a second.
+_LONG = ("step", "finetune", "accelerate", "startup")
 _machine = pytest.StashKey[gpu.Gpu | None]()
 _lines = pytest.StashKey[list[str]]()
 
@@ -37,6 +39,11 @@ def pytest_addoption(parser):
         "--results", type=Path, default=_HERE / "results", help="folder of the results (default: %(default)s)"
     )
     group.addoption("--revision", help="revision to record where the code does not lie in a git clone")
+    group.addoption(
+        "--all",
+        action="store_true",
+        help=f"measure {', '.join(_LONG)} too, half an hour more; without it, only where named by -k, or as files",
+    )
 
 
 def pytest_configure(config):
@@ -47,6 +54,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    _leave_out_long(config, items)
     machine = config.stash[_machine]
     ours = [item for item in items if item.path.parent == _HERE]
     if machine is None and ours:
@@ -57,6 +65,21 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
         else:
             item.add_marker(pytest.mark.benchmark(timer=machine.clock, disable_gc=True))
+
+
+def _leave_out_long(config, items):
+    """Take those of `_LONG` out of `items` that nobody has named."""
+    if config.option.all or config.option.keyword:
+        return
+    named = {Path(argument.partition("::")[0]).name for argument in config.args}
+    files = {f"test_{module}.py" for module in _LONG} - named
+    if out := [item for item in items if item.path.parent == _HERE and item.path.name in files]:
+        items[:] = [item for item in items if item not in out]
+        config.hook.pytest_deselected(items=out)
+        modules = ", ".join(dict.fromkeys(item.path.stem.removeprefix("test_") for item in out))
+        config.stash[_lines].append(
+            f"bench: left out {modules}, half an hour more: --all measures them, -k one of them"
+        )
 
 
 @pytest.fixture

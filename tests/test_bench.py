@@ -32,6 +32,7 @@ from bench.measure import input_sets, iterations_per_round, measure
 from bench.peers import CRAMFAST, EAGER, Peer
 
 ROOT = Path(__file__).parents[1]
+LONG = ("step", "finetune", "accelerate", "startup")
 SIZES = Sizes(torch.device("cpu"), torch.bfloat16, tokens=300, hidden=64, intermediate=48, vocabulary=128, positions=16)
 FACTORIES = {
     "layer_norm": test_layer_norm.layer_norm_case,
@@ -398,6 +399,24 @@ def test_without_a_gpu_the_suite_says_so_in_one_line():
     assert done.returncode == 0, done.stdout + done.stderr
     assert len([line for line in done.stdout.splitlines() if line.startswith("bench: skipped, ")]) == 1
     assert "failed" not in done.stdout and "error" not in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "modules"),
+    [
+        ((), {"attention", "layer_norm"}),
+        (("--all",), {"attention", "layer_norm", "step", "finetune", "accelerate", "startup"}),
+        (("-k", "test_step.py or gelu"), {"step", "gelu"}),
+        (("bench/test_startup.py",), {"layer_norm", "startup"}),
+    ],
+)
+def test_what_takes_long_is_measured_if_it_is_named(words, modules):
+    listed = bench("--collect-only", *words).stdout
+    found = {module for module in ("attention", "layer_norm", "gelu", *LONG) if f"bench/test_{module}.py" in listed}
+    assert modules <= found and found.isdisjoint({*LONG} - modules)
+    (left_out,) = [line for line in listed.splitlines() if line.startswith("bench: left out")] or [""]
+    assert all((module in left_out) == (module not in modules and "-k" not in words) for module in LONG)
 
 
 @pytest.mark.slow

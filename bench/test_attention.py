@@ -35,7 +35,8 @@ _RAGGED = {
     "mnli-pairs": (partial(lengths.drawn, lengths.MNLI_PAIRS), lengths.MNLI_PAIRS[-1]),
 }
 _BATCHES = _EQUAL | _RAGGED
-_ROTARY = _DROPPED = ("all-128", "ragged-16-128")
+_ROTARY = ("all-128", "all-1024", "ragged-16-128")
+_DROPPED = ("all-128", "all-512", "ragged-16-128", "ragged-32-512")
 # BERT's.
 _DROPOUT = 0.1
 
@@ -84,17 +85,19 @@ def attention_case(sizes: Sizes, name: str, rotary: bool = False, dropout: float
         parts=_whole_sequences,
         bytes={FORWARD: 4 * row, BOTH: 11 * row},
         flops={FORWARD: 2 * product, BOTH: 7 * product},
-        handed_over=_handed_over(sizes, max_seqlen),
+        handed_over=_handed_over(sizes, drawn, max_seqlen),
         cu_seqlens=cu_seqlens,
         max_seqlen=max_seqlen,
         dropout=dropout,
     )
 
 
-def _handed_over(sizes: Sizes, max_seqlen: int) -> str | None:
-    """Who serves sequences that are too long for the kernels."""
-    longest = kernels.LONGEST
-    return kernels.choose_long(sizes.device, sizes.dtype, _HEAD_SIZE).backend if max_seqlen > longest else None
+def _handed_over(sizes: Sizes, counts: torch.Tensor, max_seqlen: int) -> str | None:
+    """Who serves sequences of these lengths if they are too long for the kernels."""
+    if max_seqlen <= kernels.LONGEST:
+        return None
+    dense = bool((counts == max_seqlen).all())
+    return kernels.choose_long(sizes.device, sizes.dtype, _HEAD_SIZE, dense=dense).backend
 
 
 def _case_name(batch: str, tokens: int) -> str:

@@ -197,8 +197,8 @@ def varlen_attention(
     weights; its random numbers come from torch's generator of the device.
 
     The Triton kernels take 16-bit tensors of head sizes 32, 64, 96 and 128 with sequences of up to 512 tokens. Others
-    go to flash-attn where installed, else to PyTorch's variable-length attention, else to SDPA by padding
-    (`choose_long` says which).
+    go to flash-attn where installed, else to PyTorch's variable-length attention, else to SDPA by padding; to SDPA
+    without, where that is cuDNN's and all sequences are as long as max_seqlen says (`choose_long` says which).
 
     Raises TypeError for dtypes and ValueError for shapes, devices and values that do not fit, by name.
     """

@@ -92,7 +92,7 @@ _DROPPING_BLOCKS = Setting(Tuning(4, 3), Tuning(4, 3, step=32), Tuning(4, 3, ste
 _WIDE_BLOCKS = Setting(Tuning(8, 2), Tuning(8, 2), Tuning(8, 2, step=32))
 _WIDE_BLOCKS_OF_120 = Setting(Tuning(8, 2), Tuning(8, 1), Tuning(8, 2, step=32))
 _BLOCKS_BEFORE_HOPPER = Setting(Tuning(4, 2), Tuning(4, 2), Tuning(4, 2, step=32))
-_DROPPING_BLOCKS_BEFORE_HOPPER = Setting(Tuning(4, 2), Tuning(4, 2, step=32), Tuning(4, 2, step=32))
+_DROPPING_BLOCKS_BEFORE_HOPPER = Setting(Tuning(4, 2, step=32), Tuning(4, 2, step=32), Tuning(4, 2, step=32))
 
 
 def tile_for(head_size: int, longest: int, rotary: bool, dropout: bool, capability: int) -> int:

@@ -62,7 +62,7 @@ def _write(weights, x):
 
 @gluon.jit
 def _dp_less_delta(dout, v, deltas, square: gl.constexpr):
-    """dP - delta, on its way. The product goes on from minus delta, which then needs no register when there is none."""
+    """dP - delta, on its way. The product goes on from minus delta, which has no registers then when all are taken."""
     less = gl.zeros([BLOCK, BLOCK], gl.float32, square) - deltas.load(gl.SliceLayout(1, square))[:, None]
     return warpgroup_mma(dout, v.permute((1, 0)), less, is_async=True)
 

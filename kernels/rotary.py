@@ -99,9 +99,8 @@ def _turn_launch(dtype, heads, head_size, back) -> Launch:
 @catalogue
 def _launches(dtype, capability):
     if dtype.itemsize == 2 and capability >= 80:
-        for masked in (False, True):
-            yield _angles_launch(torch.float32, masked, 64)
-            yield _turn_launch(dtype, 12, 64, back=masked)
+        yield from (_angles_launch(torch.float32, masked, 64) for masked in (False, True))
+        yield from (_turn_launch(dtype, 12, 64, back) for back in (False, True))
 
 
 def _token_angles(cos, sin, bounds, tokens):

@@ -1,3 +1,5 @@
+import json
+import math
 import os
 import re
 import subprocess
@@ -18,10 +20,15 @@ ROOT = Path(__file__).parents[1]
 PEERS = ("flash-attn", "apex (NVIDIA's)", "liger-kernel", "tensorboard")
 
 
+def without_gpu(**environment) -> dict[str, str]:
+    """The environment of a process."""
+    paths = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
+    return os.environ | paths | environment
+
+
 def doctor(*flags, **environment) -> subprocess.CompletedProcess:
-    environment = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0", **environment}
     command = [sys.executable, "-m", "cramfast.doctor", *flags]
-    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    return subprocess.run(command, env=without_gpu(**environment), capture_output=True, text=True)
 
 
 def findings(done: subprocess.CompletedProcess) -> dict[str, str]:
@@ -39,6 +46,34 @@ def findings(done: subprocess.CompletedProcess) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def found() -> dict[str, str]:
     return findings(doctor())
+
+
+# A process takes seconds to load torch.
+ONE_AFTER_ANOTHER = """
+import contextlib, io, json, os, sys
+from cramfast import doctor
+results = []
+for environment in json.loads(sys.argv[1]):
+    os.environ.update(environment)
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = doctor.main([])
+    results.append((code, out.getvalue(), err.getvalue()))
+    for name in environment:
+        del os.environ[name]
+json.dump(results, sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def found_with(tmp_path_factory) -> dict[str, dict[str, str]]:
+    """What is found with each of these in the environment."""
+    values = {"CRAMFAST_CACHE": str(tmp_path_factory.mktemp("cache") / "a" / "b"), "CRAMFAST_KERNELS": "triton"}
+    given = [*values.items(), ("CRAMFAST_KERNELS", "nonsense")]
+    environments = json.dumps([{name: value, "COLUMNS": "500"} for name, value in given])
+    script = [sys.executable, "-c", ONE_AFTER_ANOTHER, environments]
+    done = subprocess.run(script, env=without_gpu(), capture_output=True, text=True, check=True)
+    reports = [subprocess.CompletedProcess(script, *result) for result in json.loads(done.stdout)]
+    return {value: findings(report) for (_, value), report in zip(given, reports, strict=True)}
 
 
 def test_every_operator_has_a_backend_and_a_reason(found):
@@ -81,10 +116,10 @@ def test_disk_and_shared_memory(found):
     assert "shared memory" in found or not Path("/dev/shm").is_dir()
 
 
-def test_the_cache_need_not_exist(tmp_path):
-    cache = tmp_path / "a" / "b"
-    assert str(cache) in findings(doctor(CRAMFAST_CACHE=str(cache), COLUMNS="500"))["token cache"]
-    assert not cache.exists()
+def test_the_cache_need_not_exist(found_with):
+    cache = next(iter(found_with))
+    assert cache in found_with[cache]["token cache"]
+    assert not Path(cache).exists()
 
 
 def test_every_peer_is_found_or_not(found):
@@ -129,8 +164,8 @@ def test_peers_that_are_there_broken_or_another_project(tmp_path, modules, expec
 
 
 @pytest.mark.parametrize("mode", ["triton", "nonsense"])
-def test_a_wrong_choice_of_kernels_is_a_finding(mode):
-    rows = findings(doctor(CRAMFAST_KERNELS=mode, COLUMNS="300"))
+def test_a_wrong_choice_of_kernels_is_a_finding(found_with, mode):
+    rows = found_with[mode]
     assert all(
         f"none: CRAMFAST_KERNELS={mode}" in rows[name]
         for name in (*OPERATORS, "attention past 512", "past 512, one length")
@@ -163,25 +198,32 @@ def test_the_cases_of_the_updates_are_right(triton_kernels, operator):
 
 
 WRONG = """
-import sys, torch
+import math, sys, torch
 from cramfast import doctor
 from cramfast.kernels import selftest
 module = sys.modules["cramfast.kernels.selftest"]
-module.OPERATORS = ("gelu",)
+module.OPERATORS, module._TOKENS = ("gelu",), {"cpu": 25}
 kernel, reference, inputs = module._CASES["gelu"]
-module._CASES["gelu"] = (lambda x: kernel(x) * (1 + FACTOR), reference, inputs)
-sys.exit(doctor.main(["--test"]))
+for factor in (0.0, 0.5, math.nan):
+    module._CASES["gelu"] = (lambda x: kernel(x) * (1 + factor), reference, inputs)
+    print("factor", factor)
+    print("code", doctor.main(["--test"]))
 """
 
 
-@pytest.mark.parametrize(
-    ("factor", "code", "verdict"), [(0.0, 0, "right"), (0.5, 1, "WRONG"), (float("nan"), 1, "WRONG")]
-)
-def test_every_dtype_of_an_operator_is_right_or_wrong(factor, code, verdict):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
-    environment["CRAMFAST_KERNELS"] = "auto"
-    script = WRONG.replace("FACTOR", f"float('{factor}')")
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
+@pytest.fixture(scope="module")
+def tested() -> dict[str, str]:
+    """What a test says of a kernel whose results are wrong by a factor."""
+    environment = without_gpu(TRITON_INTERPRET="1", CRAMFAST_KERNELS="auto")
+    done = subprocess.run([sys.executable, "-c", WRONG], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    _, *parts = done.stdout.split("factor ")
+    return {factor: said for factor, _, said in (part.partition("\n") for part in parts)}
+
+
+@pytest.mark.parametrize(("factor", "code", "verdict"), [(0.0, 0, "right"), (0.5, 1, "WRONG"), (math.nan, 1, "WRONG")])
+def test_every_dtype_of_an_operator_is_right_or_wrong(tested, factor, code, verdict):
+    said = tested[str(factor)]
+    assert said.splitlines()[-1] == f"code {code}"
     for dtype in ("float32", "float16"):
-        assert re.search(rf"^gelu +{dtype} +{verdict}, .+ of the allowed error, [\d.]+ s$", done.stdout, re.MULTILINE)
+        assert re.search(rf"^gelu +{dtype} +{verdict}, .+ of the allowed error, [\d.]+ s$", said, re.MULTILINE)

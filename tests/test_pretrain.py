@@ -33,7 +33,7 @@ from cramfast.train.step import TrainStep
 ROOT = Path(__file__).parents[1]
 # This clone, and wherever else packages come from.
 PYTHONPATH = os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))
-STEPS, FEWER = 120, 40
+STEPS, FEWER = 120, 24
 LENGTH, BATCH = 32, 4
 SETTINGS = {
     "preset": "cramfast-tiny",
@@ -308,11 +308,11 @@ def test_other_settings_in_the_same_folder_are_refused(reference, corpus, run_he
 
 def test_how_often_things_are_stored_changes_no_result(shorter, corpus, tmp_path, run_here):
     out = tmp_path / "run"
-    often = flags(corpus, out, steps=FEWER, checkpoint_every="7steps", keep_checkpoints=3, log_every="10steps")
+    often = flags(corpus, out, steps=FEWER, checkpoint_every="5steps", keep_checkpoints=3, log_every="10steps")
     assert run_here(*often).code == 0
     assert final_weights(out) == final_weights(shorter)
     assert len(updates(out)) < FEWER
-    assert {path.name for path in out.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (21, 28, 35)}
+    assert {path.name for path in out.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (10, 15, 20)}
 
 
 def test_without_out_the_settings_name_the_folder(corpus, tmp_path, run_here, monkeypatch):
@@ -390,7 +390,7 @@ def test_whole_words_need_pieces_that_continue_one(corpus, tmp_path, run_here):
 def test_recipes_layouts_orders_and_dtypes_train(corpus, tmp_path, run_here, settings):
     out = tmp_path / "run"
     # In bfloat16 an update of Muon takes seconds on a CPU without instructions for it.
-    steps = 6 if "dtype" in settings else 12
+    steps = 3 if "dtype" in settings else 12
     outcome = run_here(*flags(corpus, out, steps=steps, evals=1, **settings))
     assert (outcome.code, outcome.err) == (0, "")
     found = [record["loss"] for record in updates(out)]
@@ -579,8 +579,8 @@ def test_a_run_on_a_gpu_is_the_same_without_graphs_and_with_a_stop(corpus, tmp_p
 
 def test_a_second_signal_in_the_middle_of_an_update_spoils_nothing(shorter, corpus, tmp_path, run_here, monkeypatch):
     out = tmp_path / "run"
-    interrupt(monkeypatch, signal.SIGINT, lambda count: count == 20, times=2)
-    outcome = run_here(*flags(corpus, out, steps=FEWER, checkpoint_every="8steps"))
+    interrupt(monkeypatch, signal.SIGINT, lambda count: count == FEWER // 2, times=2)
+    outcome = run_here(*flags(corpus, out, steps=FEWER, checkpoint_every="5steps"))
     assert (outcome.code, outcome.err) == (130, "")
     assert run_here(*flags(corpus, out, steps=FEWER)).code == 0
     assert final_weights(out) == final_weights(shorter)

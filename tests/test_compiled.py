@@ -4,10 +4,12 @@ The compiling happens in processes of its own: here the kernels are interpreted 
 """
 
 import contextlib
+import functools
 import io
 import multiprocessing
 import os
 import re
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
@@ -17,6 +19,7 @@ import triton
 import triton.language as tl
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
 
 from cramfast import kernels
 from cramfast.kernels import OPERATORS, Launch, every_launch
@@ -29,6 +32,20 @@ DTYPES = {
     75: (torch.float32, torch.float16),
     80: (torch.float32, torch.float16, torch.bfloat16),
     **dict.fromkeys((86, 89, 90, 100, 120), (torch.float32, torch.bfloat16)),
+}
+# For these cards Triton compiles a kernel to the PTX that it has for another, of which ptxas makes code of its own.
+# Not so kernels of OWN_PTX: of two cards, one alone has such products of matrices, or maxima over a warp.
+PTX_OF = {86: 80, 89: 80, 120: 100}
+OWN_PTX = {
+    120: {
+        "rows_kernel",
+        "_symmetric_kernel",
+        "forward_tile",
+        "forward_blocks",
+        "backward_tile",
+        "backward_queries",
+        "backward_keys",
+    }
 }
 WORKERS = min(4, os.cpu_count() or 1)
 
@@ -56,13 +73,33 @@ class Use:
         return [f"{self.kernel} on {capability} {fault}" for fault, holds in found.items() if holds]
 
 
+def has_ptx_of_other(launch: Launch, capability: int) -> bool:
+    return capability in PTX_OF and launch.kernel.__name__ not in OWN_PTX.get(capability, ())
+
+
+def compile_for(capability: int, launch: Launch, aligned: bool = True):
+    return launch.compile(GPUTarget("cuda", capability, 32), aligned)
+
+
+def ptx_for(capability: int, compiled) -> str:
+    """The PTX of a compiled kernel as that of another card."""
+    return re.sub(r"^\.target sm_\d+", f".target sm_{capability}", compiled.asm["ptx"], flags=re.MULTILINE)
+
+
 def use_of(launch: Launch, capability: int, aligned: bool = True) -> Use:
     """Compiles `launch` and reads the report of ptxas, which triton prints on request."""
     log = io.StringIO()
-    # A kernel from the cache would come without a report.
-    with contextlib.redirect_stdout(log), knobs.nvidia.scope(), knobs.compilation.scope():
-        knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True
-        compiled = launch.compile(GPUTarget("cuda", capability, 32), aligned)
+    if has_ptx_of_other(launch, capability):
+        compiled = compile_for(PTX_OF[capability], launch, aligned)
+        backend = make_backend(GPUTarget("cuda", capability, 32))
+        with contextlib.redirect_stdout(log), knobs.nvidia.scope():
+            knobs.nvidia.dump_ptxas_log = True
+            backend.make_cubin(ptx_for(capability, compiled), {}, backend.parse_options({}), capability)
+    else:
+        # A kernel from the cache would come without a report.
+        with contextlib.redirect_stdout(log), knobs.nvidia.scope(), knobs.compilation.scope():
+            knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True
+            compiled = compile_for(capability, launch, aligned)
     (registers,) = re.findall(r"Used (\d+) registers", log.getvalue())
     (spills,) = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log.getvalue())
     constants = ", ".join(f"{name}={value}" for name, value in launch.constants.items())
@@ -78,6 +115,12 @@ def use_of(launch: Launch, capability: int, aligned: bool = True) -> Use:
 Dtypes = tuple[torch.dtype, ...]
 
 
+def earlier(dtype: torch.dtype, capability: int) -> Dtypes:
+    """Those of a card whose tests come before."""
+    return DTYPES[capability][: DTYPES[capability].index(dtype)]
+
+
+@functools.cache
 def catalogue(dtype: torch.dtype, capability: int, beside: Dtypes = ()) -> list[Launch]:
     """Every kernel that models of this dtype use, each once, but those that models of the dtypes `beside` use too: what
     works on weights, indices or lengths is the same whatever the activations are."""
@@ -85,9 +128,43 @@ def catalogue(dtype: torch.dtype, capability: int, beside: Dtypes = ()) -> list[
     return [launch for launch in dict.fromkeys(every_launch(dtype, capability)) if launch not in known]
 
 
-def uses(dtype: torch.dtype, capability: int, beside: Dtypes, aligned: bool, worker: int) -> list[Use]:
-    """One worker's share of the catalogue."""
-    return [use_of(launch, capability, aligned) for launch in catalogue(dtype, capability, beside)[worker::WORKERS]]
+@functools.cache
+def shortlist(dtype: torch.dtype, capability: int) -> list[Launch]:
+    """For each kernel and number of warps that it has in the catalogue, what takes the most tensors."""
+    found: dict[tuple, Launch] = {}
+    for launch in sorted(catalogue(dtype, capability), key=tensors_of):
+        found[launch.kernel, launch.num_warps] = launch
+    return [*found.values()]
+
+
+def tensors_of(launch: Launch) -> int:
+    return sum(dtype is not None for dtype in launch.pointers)
+
+
+@functools.cache
+def firsts(dtype: torch.dtype, capability: int, beside: Dtypes) -> list[Launch]:
+    """One launch of each kernel for whose PTX that for another card is taken."""
+    launches = reversed(catalogue(dtype, capability, beside))
+    return [*{launch.kernel: launch for launch in launches if has_ptx_of_other(launch, capability)}.values()]
+
+
+# What the pool runs. A launch goes there as its place in a list, for kernels do not travel.
+
+
+def use_in_catalogue(dtype: torch.dtype, capability: int, beside: Dtypes, place: int) -> Use:
+    return use_of(catalogue(dtype, capability, beside)[place], capability)
+
+
+def use_unaligned(dtype: torch.dtype, capability: int, place: int) -> Use:
+    return use_of(shortlist(dtype, capability)[place], capability, aligned=False)
+
+
+def differs(dtype: torch.dtype, capability: int, beside: Dtypes, place: int, other: int | None = None) -> str | None:
+    """The name of the kernel if its PTX for `capability` is not that for the other card."""
+    launch = firsts(dtype, capability, beside)[place]
+    compiled = compile_for(other or PTX_OF[capability], launch)
+    same = compile_for(capability, launch).asm["ptx"] == ptx_for(capability, compiled)
+    return None if same else launch.kernel.__name__
 
 
 @triton.jit
@@ -115,29 +192,48 @@ def use_of_bad_kernel(name: str, constants: dict[str, int], num_warps: int) -> U
 def pool():
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRITON_INTERPRET", raising=False)
-        with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn")) as workers:
-            yield workers
+        with tempfile.TemporaryDirectory() as cache:
+            patch.setenv("TRITON_CACHE_DIR", cache)
+            with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn")) as workers:
+                yield workers
 
 
-def faults(pool, dtype: torch.dtype, capability: int, beside: Dtypes = (), aligned: bool = True) -> list[str]:
-    """Those of the whole catalogue."""
-    futures = [pool.submit(uses, dtype, capability, beside, aligned, worker) for worker in range(WORKERS)]
-    found = [use for future in futures for use in future.result()]
-    assert len(found) == len(catalogue(dtype, capability, beside))
-    return [fault for use in found for fault in use.faults(capability)]
+def size(listing, *given) -> int:
+    return len(listing(*given))
+
+
+def for_each(pool, listing, work, *given) -> list:
+    """What `work` gives for every launch that `listing` gives."""
+    futures = [pool.submit(work, *given, place) for place in range(size(listing, *given))]
+    assert len(futures) == pool.submit(size, listing, *given).result() > 0
+    return [future.result() for future in futures]
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [(card, dtype) for card in DTYPES for dtype in DTYPES[card]])
 def test_every_kernel_fits_every_card(pool, capability, dtype):
-    earlier = DTYPES[capability][: DTYPES[capability].index(dtype)]
-    found = faults(pool, dtype, capability, beside=earlier)
+    uses = for_each(pool, catalogue, use_in_catalogue, dtype, capability, earlier(dtype, capability))
+    found = [fault for use in uses for fault in use.faults(capability)]
     assert not found, "\n".join(found)
 
 
 def test_every_kernel_takes_tensors_that_start_anywhere(pool):
+    uses = for_each(pool, shortlist, use_unaligned, torch.float16, 86)
     # That is rare: it must work, but loads of single elements may cost registers beyond those there are.
-    found = [fault for fault in faults(pool, torch.float16, 86, aligned=False) if "spills" not in fault]
+    found = [fault for use in uses for fault in use.faults(86) if "spills" not in fault]
     assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [(card, dtype) for card in PTX_OF for dtype in DTYPES[card]])
+def test_these_cards_have_the_same_ptx(pool, capability, dtype):
+    found = for_each(pool, firsts, differs, dtype, capability, earlier(dtype, capability))
+    assert not any(found), found
+
+
+def test_a_kernel_that_has_another_ptx_is_found(pool):
+    names = [launch.kernel.__name__ for launch in firsts(torch.float32, 86, ())]
+    # It adds integers across a warp, for which cards before 80 have no instruction.
+    place = names.index("_mask_kernel")
+    assert pool.submit(differs, torch.float32, 86, (), place, other=75).result() == "_mask_kernel"
 
 
 @pytest.mark.usefixtures("triton_kernels")

@@ -26,7 +26,7 @@ from .rotary import turn, turns_in_one_kernel
 # FlashAttention-2, whoever built it. Above the second its backward pass runs only on the cards named here.
 _MAX_HEAD_SIZE, _MAX_HEAD_SIZE_ANYWHERE, _LARGE_CARDS = 256, 192, ((8, 0), (9, 0))
 # Whose SDPA PyTorch has cuDNN compute.
-_CARDS_OF_CUDNN = ((9, 0), (10, 0))
+_CARDS_OF_CUDNN = ((9, 0), (10, 0), (10, 3))
 
 
 def choose_long(

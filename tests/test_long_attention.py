@@ -323,6 +323,7 @@ CHOICES_OF_DENSE = [
     ({"flash_attn": INSTALLED}, BF16, 64, 0.0, "sdpa", EQUAL),
     ({}, HALF, 128, 0.1, "sdpa", EQUAL),
     ({"capability": (10, 0)}, BF16, 64, 0.0, "sdpa", EQUAL),
+    ({"capability": (10, 3)}, BF16, 64, 0.0, "sdpa", EQUAL),
     ({"capability": (8, 0)}, BF16, 64, 0.0, "varlen-attn", ABSENT),
     ({"capability": (12, 0), "flash_attn": INSTALLED}, BF16, 64, 0.0, "flash-attn", "cuda device"),
     ({}, torch.float32, 64, 0.0, "sdpa", "no FlashAttention for float32"),

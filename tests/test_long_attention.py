@@ -22,6 +22,7 @@ from torch.nn.attention import varlen
 
 import cramfast.kernels.long_attention as file
 from cramfast.kernels import choose_long, varlen_attention_reference
+from cramfast.kernels.dispatch import Choice
 from cramfast.kernels.long_attention import long_attention
 
 NATIVE = torch.cuda.is_available()
@@ -414,6 +415,19 @@ def test_transforms_take_the_reference(stand_ins):
     assert not given
     _, expected = results(varlen_attention_reference, qkv, torch.ones(10, 2, 16), *arguments)
     assert torch.equal(grad, expected)
+
+
+@pytest.mark.parametrize("lengths", [(6, 6, 6), (6, 2, 5)])
+def test_in_front_of_sdpa_rotary_embedding_is_one_kernel(launched, monkeypatch, lengths):
+    if not NATIVE:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    device = GPU if NATIVE else "cpu"
+    monkeypatch.setattr(file, "choose_long", lambda *_: Choice("sdpa", "for the test"))
+    qkv, arguments = randn(sum(lengths), 3, 2, 16, dtype=HALF, device=device), (boundaries(lengths, device), 6)
+    tables = dict(zip(("cos", "sin"), rotary(6, 16, device), strict=True))
+    out = handed_over(qkv, *arguments, **tables)
+    assert [name for name, _ in launched] == ["_turn_kernel"]
+    torch.testing.assert_close(out, varlen_attention_reference(qkv, *arguments, **tables), rtol=0, atol=2e-3)
 
 
 @needs_gpu

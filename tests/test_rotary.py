@@ -7,6 +7,7 @@ Shapes: T tokens, H heads, D head size.
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from cramfast.kernels import Launch
 from cramfast.kernels.rotary import rotate, turn
@@ -94,6 +95,19 @@ def test_opcheck(back):
     qkv = randn(9, 3, 2, 16, dtype=torch.float16).requires_grad_()
     angles = torch.cat(tables(9, 16), dim=1).half()
     torch.library.opcheck(torch.ops.cramfast.turn_packed.default, (qkv, angles, back))
+
+
+def test_it_compiles_whole_for_any_number_of_tokens():
+    torch.compiler.reset()
+    counted = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(turn, fullgraph=True, dynamic=True, backend=counted)
+    angles = tables(64, 32)
+    for lengths in ((4, 6), (30, 1), (17, 40)):
+        qkv, ends = randn(sum(lengths), 3, 2, 32, dtype=torch.float16), boundaries(lengths)
+        found, expected = (results(function, qkv, qkv, ends, *angles) for function in (compiled, turn))
+        assert all(map(torch.equal, found, expected))
+    assert counted.frame_count == 1
+    torch.compiler.reset()
 
 
 def test_twenty_times_the_same():

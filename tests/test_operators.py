@@ -489,6 +489,8 @@ def attention_calls():
     cos, sin = randn(7, 16), randn(7, 16, seed=1)
     yield "token_angles", (cos, sin, bounds, 12)
     yield "token_angles", (cos, sin, None, 7)
+    for back in (False, True):
+        yield "turn_packed", (qkv, torch.ops.cramfast.token_angles(cos, sin, bounds, 12), back)
     seed = torch.tensor([7], device=DEVICE)
     for tile in (64, 0):
         angles = torch.ops.cramfast.token_angles(cos, sin, None if tile else bounds, tile or 12)
@@ -502,7 +504,8 @@ def attention_calls():
 
 
 # What of an operator's arguments has a gradient, where that is not every floating one.
-DIFFERENTIABLE = {"group_sequences": 0, "token_angles": 0, "varlen_attention": 1, "mlm_scores": 0, "orthogonalise": 0}
+DIFFERENTIABLE = {"varlen_attention": 1, "turn_packed": 1}
+DIFFERENTIABLE |= dict.fromkeys(("group_sequences", "token_angles", "mlm_scores", "orthogonalise"), 0)
 
 
 @pytest.mark.parametrize("name", REGISTERED)

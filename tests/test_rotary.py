@@ -89,14 +89,6 @@ def test_no_tokens():
     assert out.shape == gradient.shape == qkv.shape
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("back", [False, True])
-def test_opcheck(back):
-    qkv = randn(9, 3, 2, 16, dtype=torch.float16).requires_grad_()
-    angles = torch.cat(tables(9, 16), dim=1).half()
-    torch.library.opcheck(torch.ops.cramfast.turn_packed.default, (qkv, angles, back))
-
-
 def test_it_compiles_whole_for_any_number_of_tokens():
     torch.compiler.reset()
     counted = CompileCounterWithBackend("aot_eager")

@@ -45,7 +45,7 @@ from .launch import aligned, capability_of, ceil_div, contiguous, dtype_of, mult
 from .long_attention import long_attention
 from .operator import Operator, define
 from .rotary import rotate, token_angles, turn, turn_packed
-from .sequences import group_sequences, sequence_positions
+from .sequences import all_as_long, group_sequences, sequence_positions
 
 _NO_WINDOW = -1
 
@@ -58,8 +58,7 @@ def varlen_attention_reference(
     sequences = cu_seqlens.numel() - 1
     if total == 0:
         return qkv[:, 0]
-    # Lengths never exceed max_seqlen, so this product is reached only when all are equal.
-    uniform = total == sequences * max_seqlen
+    uniform = all_as_long(cu_seqlens, total, max_seqlen)
     if uniform:
         qkv_BS3HD = qkv.view(sequences, max_seqlen, 3, heads, head_size)
         mask = None
@@ -234,8 +233,7 @@ def attention_layout(cu_seqlens, total, head_size, max_seqlen, *, cos, sin, soft
     groups = bounds = angles = None
     # Where the sequences just fill their tiles or blocks, nothing needs a mask.
     fitting = max_seqlen == tile if tile else max_seqlen % block == 0
-    full = total == max_seqlen * (cu_seqlens.shape[0] - 1)
-    if not (fitting and full and window is None and head_size != 96):
+    if not (fitting and all_as_long(cu_seqlens, total, max_seqlen) and window is None and head_size != 96):
         groups, bounds = group_sequences(cu_seqlens.contiguous(), total, max_seqlen, block)
     if cos is not None:
         of_positions = tile or (max_seqlen if bounds is None else 0)

@@ -86,9 +86,8 @@ def forward_tile(
         total = tl.sum(p, 1)
         share = 1.0 / total
         if seed_ptr is not None:
-            p = tl.where(
-                is_kept(generator_of(seed_ptr, head), start, 0, place[:, None], 0, place[None, :], dropout), p, 0.0
-            )
+            kept = is_kept(generator_of(seed_ptr, head), start, 0, place[:, None], 0, place[None, :], dropout)
+            p = tl.where(kept, p, 0.0)
             share /= 1.0 - dropout
         out = tl.dot(p.to(v.dtype), v) * share[:, None]
         store_matrix(out_ptr + start.to(tl.int64) * (H * D) + head * D, out, place, valid, H * D, D, WIDTH, MASKED)
@@ -215,13 +214,10 @@ def forward_blocks(
             p = tl.exp2(s * (scale * LOG2_E) - base[:, None])
             total = total * rescale + tl.sum(p, 1)
             if seed_ptr is not None:
-                p = tl.where(
-                    is_kept(
-                        generator_of(seed_ptr, head), start, first, rows[:, None], other, columns[None, :], dropout
-                    ),
-                    p,
-                    0.0,
+                kept = is_kept(
+                    generator_of(seed_ptr, head), start, first, rows[:, None], other, columns[None, :], dropout
                 )
+                p = tl.where(kept, p, 0.0)
             out = tl.dot(p.to(v.dtype), v, out * rescale[:, None])
             m = m_new
         share = 1.0 / total

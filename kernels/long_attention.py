@@ -22,6 +22,7 @@ from torch._C import _are_functorch_transforms_active
 from .attention_settings import HEAD_SIZES, LONGEST
 from .dispatch import MODES, Choice
 from .rotary import turn, turns_in_one_kernel
+from .sequences import all_as_long
 
 # FlashAttention-2, whoever built it. Above the second its backward pass runs only on the cards named here.
 _MAX_HEAD_SIZE, _MAX_HEAD_SIZE_ANYWHERE, _LARGE_CARDS = 256, 192, ((8, 0), (9, 0))
@@ -60,8 +61,7 @@ def long_attention(
     fallback: the reference, with the same arguments; it also takes batches without a token, for which the others have
     no launch. Raises as `choose_long` does.
     """
-    # No length exceeds max_seqlen, so this product is reached only when all are equal.
-    dense = window is None and qkv.shape[0] == (cu_seqlens.shape[0] - 1) * max_seqlen
+    dense = window is None and all_as_long(cu_seqlens, qkv.shape[0], max_seqlen)
     backend = choose_long(qkv.device, qkv.dtype, qkv.shape[-1], dropout_p, dense).backend
     if qkv.shape[0] == 0:
         backend = "sdpa"

@@ -34,6 +34,12 @@ def sequence_positions(cu_seqlens: torch.Tensor, total: int) -> tuple[torch.Tens
     return sequence, token - boundaries[sequence]
 
 
+def all_as_long(cu_seqlens: torch.Tensor, total: int, max_seqlen: int) -> bool:
+    """Whether each sequence has max_seqlen tokens, of `total` together. None has more, so their number alone tells, and
+    cu_seqlens (B+1,) is not looked into."""
+    return total == (cu_seqlens.shape[0] - 1) * max_seqlen
+
+
 @triton.jit
 def _count_at_most(cu_ptr, sequences, token):
     """How many of cu_seqlens' first `sequences` + 1 entries are at most `token`, for a vector of them."""

@@ -11,32 +11,44 @@ With neither angles nor masks there is nothing to prepare. Each step hands a sta
 (`full`, `ready`, `done`), which is waited for by the parity of how often the ring has gone round. The multiplier keeps
 the accumulators of two products at once, so it has most of the registers.
 
+Where groups fill their tiles, what rotary embedding needs is the same for all of them (`attention_hopper_turning.py`):
+q and k are turned while v and dout (`rest`) are still on their way, and the preparer turns dq and dk back (`back`).
+
 Symbols in comments: T tokens of the batch, H heads, D head size.
 """
 
 from .attention_hopper_parts import (
-    angles_of,
     fetch_line,
     fetch_rows,
-    half_rows,
     make_barriers,
     prepare,
     seen_of,
     store_rows,
-    turn,
-    whole_rows,
+    store_turned_back,
 )
+from .attention_hopper_turning import turn_full
 from .attention_parts import generator_of, group_at, is_kept
-from .language import async_copy, fence_async_shared, gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait
-from .tiles import chunk_of, split, vectors
+from .language import async_copy, fence_async_shared, gl, gluon, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from .tiles import chunk_of, vectors
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.jit
-def _move_forward(qkv_ptr, groups_ptr, out_ptr, tiles, barriers, turns, H: gl.constexpr):
+def _prepare(
+    groups_ptr, bounds_ptr, angles_ptr, tiles, notes, barriers, turns, T, window,
+    H: gl.constexpr, WINDOWED: gl.constexpr, BACKWARD: gl.constexpr,
+):  # fmt: skip
+    if groups_ptr is None:
+        turn_full(angles_ptr, tiles[0], tiles[1], barriers, turns, BACKWARD)
+    else:
+        prepare(groups_ptr, bounds_ptr, angles_ptr, tiles, notes, barriers, turns, T, window, H, WINDOWED)
+
+
+@gluon.jit
+def _move_forward(qkv_ptr, groups_ptr, out_ptr, tiles, barriers, turns, H: gl.constexpr, TURNS: gl.constexpr):
     q_tiles, k_tiles, v_tiles = tiles
-    full, _, done = barriers
+    full, rest, _, done, _ = barriers
     MASKED: gl.constexpr = groups_ptr is not None
     STAGES: gl.constexpr = q_tiles.shape[0]
     TILE: gl.constexpr = q_tiles.shape[1]
@@ -60,17 +72,19 @@ def _move_forward(qkv_ptr, groups_ptr, out_ptr, tiles, barriers, turns, H: gl.co
             qkv = qkv_ptr + item % H * D
             fetch_rows(q_tiles.index(stage), qkv, start, length, ROW, MASKED)
             fetch_rows(k_tiles.index(stage), qkv + H * D, start, length, ROW, MASKED)
+            if TURNS:
+                async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
             fetch_rows(v_tiles.index(stage), qkv + 2 * H * D, start, length, ROW, MASKED)
-            async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
+            async_copy.mbarrier_arrive(rest.index(stage), increment_count=False)
 
 
 @gluon.jit
 def _multiply_forward(
     groups_ptr, seed_ptr, lse_ptr, tiles, sights, barriers, turns, T, scale, dropout,
-    H: gl.constexpr, PREPARED: gl.constexpr,
+    H: gl.constexpr, PREPARED: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     q_tiles, k_tiles, v_tiles = tiles
-    full, ready, done = barriers
+    full, rest, ready, done, _ = barriers
     MASKED: gl.constexpr = groups_ptr is not None
     STAGES: gl.constexpr = q_tiles.shape[0]
     TILE: gl.constexpr = q_tiles.shape[1]
@@ -101,6 +115,9 @@ def _multiply_forward(
             kept = is_kept(generator_of(seed_ptr, item % H), start, 0, place[:, None], 0, others[None, :], dropout)
             p = gl.where(kept, p, 0.0)
         weights = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, narrow, 2))
+        if TURNS:
+            mbarrier.wait(rest.index(stage), (i // STAGES) & 1)
+            fence_async_shared()
         out = warpgroup_mma(weights, v, gl.zeros([TILE, D], gl.float32, narrow), use_acc=False)
         share = 1.0 / total
         if seed_ptr is not None:
@@ -140,6 +157,7 @@ def forward_tile_hopper(
     MOVERS_REGISTERS: gl.constexpr,
 ):
     PREPARED: gl.constexpr = groups_ptr is not None or angles_ptr is not None
+    TURNS: gl.constexpr = groups_ptr is None and angles_ptr is not None
     dtype: gl.constexpr = qkv_ptr.dtype.element_ty
     rows: gl.constexpr = gl.NVMMASharedLayout(2 * D, 16, 2)
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -151,7 +169,7 @@ def forward_tile_hopper(
         sights = gl.allocate_shared_memory(gl.int16, [STAGES, TILE], line)
         positions = gl.allocate_shared_memory(gl.int8, [STAGES, TILE], line)
         count = gl.load(groups_ptr)
-    barriers = make_barriers(STAGES, MOVERS)
+    barriers = make_barriers(STAGES, MOVERS, TURNS)
     program, programs = gl.program_id(0), gl.num_programs(0)
     turns = (count * H - program + programs - 1) // programs
     tiles, notes = (q_tiles, k_tiles, v_tiles), (sights, positions)
@@ -160,10 +178,27 @@ def forward_tile_hopper(
             [
                 (
                     _multiply_forward,
-                    (groups_ptr, seed_ptr, lse_ptr, tiles, sights, barriers, turns, T, scale, dropout, H, PREPARED),
+                    (
+                        groups_ptr,
+                        seed_ptr,
+                        lse_ptr,
+                        tiles,
+                        sights,
+                        barriers,
+                        turns,
+                        T,
+                        scale,
+                        dropout,
+                        H,
+                        PREPARED,
+                        TURNS,
+                    ),
                 ),
-                (prepare, (groups_ptr, bounds_ptr, angles_ptr, tiles, notes, barriers, turns, T, window, H, WINDOWED)),
-                (_move_forward, (qkv_ptr, groups_ptr, out_ptr, tiles, barriers, turns, H)),
+                (
+                    _prepare,
+                    (groups_ptr, bounds_ptr, angles_ptr, tiles, notes, barriers, turns, T, window, H, WINDOWED, False),
+                ),
+                (_move_forward, (qkv_ptr, groups_ptr, out_ptr, tiles, barriers, turns, H, TURNS)),
             ],
             [PREPARERS, MOVERS],
             [PREPARERS_REGISTERS, MOVERS_REGISTERS],
@@ -173,9 +208,23 @@ def forward_tile_hopper(
             [
                 (
                     _multiply_forward,
-                    (groups_ptr, seed_ptr, lse_ptr, tiles, sights, barriers, turns, T, scale, dropout, H, PREPARED),
+                    (
+                        groups_ptr,
+                        seed_ptr,
+                        lse_ptr,
+                        tiles,
+                        sights,
+                        barriers,
+                        turns,
+                        T,
+                        scale,
+                        dropout,
+                        H,
+                        PREPARED,
+                        TURNS,
+                    ),
                 ),
-                (_move_forward, (qkv_ptr, groups_ptr, out_ptr, tiles, barriers, turns, H)),
+                (_move_forward, (qkv_ptr, groups_ptr, out_ptr, tiles, barriers, turns, H, TURNS)),
             ],
             [MOVERS],
             [MOVERS_REGISTERS],
@@ -183,66 +232,79 @@ def forward_tile_hopper(
 
 
 @gluon.jit
-def _move_backward(data, groups_ptr, angles_ptr, tiles, lse_lines, positions, barriers, turns, T, H: gl.constexpr):
+def _store(dqkv_ptr, tiles, stage, length, H: gl.constexpr, MASKED: gl.constexpr):
+    """The gradients of a group's rows."""
+    q_tiles, k_tiles, v_tiles, _ = tiles
+    D: gl.constexpr = q_tiles.shape[2]
+    layout: gl.constexpr = vectors(D, gl.num_warps())
+    PART: gl.constexpr = 64
+    rows = gl.arange(0, PART, layout=gl.SliceLayout(1, layout))
+    columns = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
+    for part in gl.static_range(q_tiles.shape[1] // PART):
+        place = part * PART + rows
+        at = dqkv_ptr + (place[:, None] * (3 * H * D) + columns[None, :])
+        store_rows(at + 2 * H * D, chunk_of(v_tiles, stage, part, PART).load(layout), place < length, MASKED)
+        store_rows(at, chunk_of(q_tiles, stage, part, PART).load(layout), place < length, MASKED)
+        store_rows(at + H * D, chunk_of(k_tiles, stage, part, PART).load(layout), place < length, MASKED)
+
+
+@gluon.jit
+def _move_backward(
+    data, groups_ptr, angles_ptr, tiles, lse_lines, positions, barriers, turns, T,
+    H: gl.constexpr, TURNS: gl.constexpr, ENGINE: gl.constexpr,
+):  # fmt: skip
     dout_ptr, qkv_ptr, lse_ptr, dqkv_ptr = data
     q_tiles, k_tiles, v_tiles, dout_tiles = tiles
-    full, _, done = barriers
+    full, rest, _, _, back = barriers
     MASKED: gl.constexpr = groups_ptr is not None
     STAGES: gl.constexpr = q_tiles.shape[0]
     TILE: gl.constexpr = q_tiles.shape[1]
     D: gl.constexpr = q_tiles.shape[2]
     ROW: gl.constexpr = 3 * H * D
-    whole: gl.constexpr = whole_rows(D, gl.num_warps())
-    half: gl.constexpr = half_rows(D, gl.num_warps())
-    CHUNK: gl.constexpr = whole.shape[0]
-    rows = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, half))
-    columns = gl.arange(0, D // 2, layout=gl.SliceLayout(0, half))
+    if ENGINE:
+        dqkv = tma.make_tensor_descriptor(dqkv_ptr, [T, ROW], [ROW, 1], [TILE, D], q_tiles.layout)
     program, programs = gl.program_id(0), gl.num_programs(0)
     for i in range(-STAGES, turns):
         stage = (i + STAGES) % STAGES
         if i >= 0:
             item = program + i * programs
             start, length = group_at(groups_ptr, item // H, TILE)
-            mbarrier.wait(done.index(stage), (i // STAGES) & 1)
-            for chunk in gl.static_range(TILE // CHUNK):
-                place = chunk * CHUNK + rows
-                valid = place < length
-                at = dqkv_ptr + ((start + place).to(gl.int64)[:, None] * ROW + (item % H * D + columns)[None, :])
-                v1, v2 = split(chunk_of(v_tiles, stage, chunk, CHUNK).load(whole), half)
-                store_rows(at + 2 * H * D, v1, valid, MASKED)
-                store_rows(at + (2 * H * D + D // 2), v2, valid, MASKED)
-                q1, q2 = split(chunk_of(q_tiles, stage, chunk, CHUNK).load(whole), half)
-                k1, k2 = split(chunk_of(k_tiles, stage, chunk, CHUNK).load(whole), half)
-                if angles_ptr is not None:
-                    cos, sin = angles_of(angles_ptr, positions, stage, chunk, columns, D, CHUNK, half)
-                    cos32, sin32 = cos.to(gl.float32), sin.to(gl.float32)
-                    q1, q2 = turn(q1, q2, cos32, -sin32)
-                    k1, k2 = turn(k1, k2, cos32, -sin32)
-                store_rows(at, q1, valid, MASKED)
-                store_rows(at + D // 2, q2, valid, MASKED)
-                store_rows(at + H * D, k1, valid, MASKED)
-                store_rows(at + (H * D + D // 2), k2, valid, MASKED)
+            column = item % H * D
+            mbarrier.wait(back.index(stage), (i // STAGES) & 1)
+            if ENGINE:
+                tma.async_copy_shared_to_global(dqkv, [start, column], q_tiles.index(stage))
+                tma.async_copy_shared_to_global(dqkv, [start, column + H * D], k_tiles.index(stage))
+                tma.async_copy_shared_to_global(dqkv, [start, column + 2 * H * D], v_tiles.index(stage))
+                tma.store_wait(0)
+            else:
+                at = dqkv_ptr + (start.to(gl.int64) * ROW + column)
+                if angles_ptr is None:
+                    _store(at, tiles, stage, length, H, MASKED)
+                else:
+                    store_turned_back(at, tiles, stage, angles_ptr, positions, length, H)
         if i + STAGES < turns:
             item = program + (i + STAGES) * programs
             start, length = group_at(groups_ptr, item // H, TILE)
             qkv, dout = qkv_ptr + item % H * D, dout_ptr + item % H * D
             fetch_rows(q_tiles.index(stage), qkv, start, length, ROW, MASKED)
             fetch_rows(k_tiles.index(stage), qkv + H * D, start, length, ROW, MASKED)
-            fetch_rows(v_tiles.index(stage), qkv + 2 * H * D, start, length, ROW, MASKED)
-            fetch_rows(dout_tiles.index(stage), dout, start, length, H * D, MASKED)
             lse = lse_ptr + (item % H).to(gl.int64) * T
             fetch_line(lse_lines.index(stage), lse, start, length, MASKED)
-            async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
+            if TURNS:
+                async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
+            fetch_rows(v_tiles.index(stage), qkv + 2 * H * D, start, length, ROW, MASKED)
+            fetch_rows(dout_tiles.index(stage), dout, start, length, H * D, MASKED)
+            async_copy.mbarrier_arrive(rest.index(stage), increment_count=False)
 
 
 @gluon.jit
 def _multiply_backward(
     groups_ptr, seed_ptr, tiles, weights, lse_lines, sights, barriers, turns, scale, dropout,
-    H: gl.constexpr, PREPARED: gl.constexpr,
+    H: gl.constexpr, PREPARED: gl.constexpr, TURNS: gl.constexpr, ENGINE: gl.constexpr,
 ):  # fmt: skip
     """`weights` (TILE, TILE) holds P, then dS, for the products that take them on their side."""
     q_tiles, k_tiles, v_tiles, dout_tiles = tiles
-    full, ready, done = barriers
+    full, rest, ready, done, _ = barriers
     MASKED: gl.constexpr = groups_ptr is not None
     STAGES: gl.constexpr = q_tiles.shape[0]
     TILE: gl.constexpr = q_tiles.shape[1]
@@ -266,6 +328,9 @@ def _multiply_backward(
             fence_async_shared()
         s = warpgroup_mma(q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
         lse = lse_lines.index(stage).load(gl.SliceLayout(1, square))
+        if TURNS:
+            mbarrier.wait(rest.index(stage), (i // STAGES) & 1)
+            fence_async_shared()
         if seed_ptr is None:
             dp = warpgroup_mma(dout, v.permute((1, 0)), nothing, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(1, deps=(s,))
@@ -275,7 +340,7 @@ def _multiply_backward(
         if MASKED:
             p = gl.where(seen_of(sights.index(stage), square), p, 0.0)
         if seed_ptr is not None:
-            start, _ = group_at(groups_ptr, item // H, TILE)
+            start, _length = group_at(groups_ptr, item // H, TILE)
             kept = is_kept(generator_of(seed_ptr, item % H), start, 0, place[:, None], 0, others[None, :], dropout)
             # What is dropped is told by its sign from here on: masks of their own would be too much for the registers.
             p = gl.where(kept, p, -p)
@@ -304,6 +369,8 @@ def _multiply_backward(
         dq, dk = warpgroup_mma_wait(0, deps=(dq, dk))
         q.store((dq * scale).to(dtype))
         k.store((dk * scale).to(dtype))
+        if ENGINE:
+            fence_async_shared()
         mbarrier.arrive(done.index(stage), count=1)
 
 
@@ -333,6 +400,9 @@ def backward_tile_hopper(
     MOVERS_REGISTERS: gl.constexpr,
 ):
     PREPARED: gl.constexpr = groups_ptr is not None or angles_ptr is not None
+    TURNS: gl.constexpr = groups_ptr is None and angles_ptr is not None
+    # Where the multipliers or the preparers have the most to do, stores by the copy engine leave them more of the time.
+    ENGINE: gl.constexpr = TURNS or (groups_ptr is None and seed_ptr is not None)
     dtype: gl.constexpr = qkv_ptr.dtype.element_ty
     rows: gl.constexpr = gl.NVMMASharedLayout(2 * D, 16, 2)
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -347,7 +417,7 @@ def backward_tile_hopper(
         sights = gl.allocate_shared_memory(gl.int16, [STAGES, TILE], line)
         positions = gl.allocate_shared_memory(gl.int8, [STAGES, TILE], line)
         count = gl.load(groups_ptr)
-    barriers = make_barriers(STAGES, MOVERS)
+    barriers = make_barriers(STAGES, MOVERS, TURNS)
     program, programs = gl.program_id(0), gl.num_programs(0)
     turns = (count * H - program + programs - 1) // programs
     tiles, notes = (q_tiles, k_tiles, v_tiles, dout_tiles), (sights, positions)
@@ -370,12 +440,17 @@ def backward_tile_hopper(
                         dropout,
                         H,
                         PREPARED,
+                        TURNS,
+                        ENGINE,
                     ),
                 ),
-                (prepare, (groups_ptr, bounds_ptr, angles_ptr, tiles, notes, barriers, turns, T, window, H, WINDOWED)),
+                (
+                    _prepare,
+                    (groups_ptr, bounds_ptr, angles_ptr, tiles, notes, barriers, turns, T, window, H, WINDOWED, True),
+                ),
                 (
                     _move_backward,
-                    (data, groups_ptr, angles_ptr, tiles, lse_lines, positions, barriers, turns, T, H),
+                    (data, groups_ptr, angles_ptr, tiles, lse_lines, positions, barriers, turns, T, H, TURNS, ENGINE),
                 ),
             ],
             [PREPARERS, MOVERS],
@@ -399,11 +474,13 @@ def backward_tile_hopper(
                         dropout,
                         H,
                         PREPARED,
+                        TURNS,
+                        ENGINE,
                     ),
                 ),
                 (
                     _move_backward,
-                    (data, groups_ptr, angles_ptr, tiles, lse_lines, positions, barriers, turns, T, H),
+                    (data, groups_ptr, angles_ptr, tiles, lse_lines, positions, barriers, turns, T, H, TURNS, ENGINE),
                 ),
             ],
             [MOVERS],

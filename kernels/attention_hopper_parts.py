@@ -38,17 +38,25 @@ def eights(warps, columns=128):
 
 
 @gluon.jit
-def make_barriers(STAGES: gl.constexpr, MOVERS: gl.constexpr):
-    """(full, ready, done), each for every stage: completed by all copies of the movers' warps, by the preparers, and by
-    the multipliers."""
+def make_barriers(STAGES: gl.constexpr, MOVERS: gl.constexpr, TURNS: gl.constexpr):
+    """(full, rest, ready, done, back), each for every stage: completed by all copies of the movers' warps, by those of
+    what is not turned, by the preparers, by the multipliers, and by the preparers once results are turned back. Without
+    TURNS `full` and `done` are all that `rest` and `back` could tell."""
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     done = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    rest, back = full, done
+    if TURNS:
+        rest = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        back = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=32 * MOVERS)
         mbarrier.init(ready.index(stage), count=1)
         mbarrier.init(done.index(stage), count=1)
-    return full, ready, done
+        if TURNS:
+            mbarrier.init(rest.index(stage), count=32 * MOVERS)
+            mbarrier.init(back.index(stage), count=1)
+    return full, rest, ready, done, back
 
 
 @gluon.jit
@@ -64,14 +72,10 @@ def turn(x1, x2, cos, sin):
 
 @gluon.jit
 def angles_of(angles_ptr, positions, stage, chunk, columns, D: gl.constexpr, CHUNK: gl.constexpr, layout: gl.constexpr):
-    """cos and sin for a chunk's rows, (CHUNK, D / 2), float16. They are read again for every tile: registers are
-    scarcer than cache."""
-    if positions is None:
-        position = chunk * CHUNK + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, layout))
-    else:
-        PIECES: gl.constexpr = positions.shape[1] // CHUNK
-        pieces = positions._reinterpret(gl.int8, [positions.shape[0] * PIECES, CHUNK], positions.layout)
-        position = pieces.index(stage * PIECES + chunk).load(gl.SliceLayout(1, layout)).to(gl.int32)
+    """cos and sin for a chunk's rows, (CHUNK, D / 2), float16."""
+    PIECES: gl.constexpr = positions.shape[1] // CHUNK
+    pieces = positions._reinterpret(gl.int8, [positions.shape[0] * PIECES, CHUNK], positions.layout)
+    position = pieces.index(stage * PIECES + chunk).load(gl.SliceLayout(1, layout)).to(gl.int32)
     at = angles_ptr + (position[:, None] * D + columns[None, :])
     return gl.load(at, eviction_policy="evict_last"), gl.load(at + D // 2, eviction_policy="evict_last")
 
@@ -81,11 +85,11 @@ def prepare(
     groups_ptr, bounds_ptr, angles_ptr, tiles, notes, barriers, turns, T, window,
     H: gl.constexpr, WINDOWED: gl.constexpr,
 ):  # fmt: skip
-    """Turns q and k of every tile, and notes the sight of each row, its first place in the low byte and how many in
-    the high one, and its position in its sequence."""
+    """For tiles with a mask: notes the sight of each row, its first place in the low byte and how many in the high one,
+    and its position in its sequence; turns q and k."""
     q_tiles, k_tiles = tiles[0], tiles[1]
     sights, positions = notes
-    full, ready, _ = barriers
+    full, _, ready, _, _ = barriers
     WARPS: gl.constexpr = gl.num_warps()
     STAGES: gl.constexpr = q_tiles.shape[0]
     TILE: gl.constexpr = q_tiles.shape[1]
@@ -98,16 +102,14 @@ def prepare(
     program, programs = gl.program_id(0), gl.num_programs(0)
     for i in range(turns):
         stage = i % STAGES
-        if groups_ptr is not None:
-            start, length = group_at(groups_ptr, (program + i * programs) // H, TILE)
-            valid = place < length
-            low, size = sight_of(bounds_ptr, start, place, valid, T, window, WINDOWED)
-            first = gl.load(bounds_ptr + start + place, mask=valid, other=0) - start
+        start, length = group_at(groups_ptr, (program + i * programs) // H, TILE)
+        valid = place < length
+        low, size = sight_of(bounds_ptr, start, place, valid, T, window, WINDOWED)
+        first = gl.load(bounds_ptr + start + place, mask=valid, other=0) - start
         mbarrier.wait(full.index(stage), (i // STAGES) & 1)
-        if groups_ptr is not None:
-            sights.index(stage).store((low | (size.to(gl.int32) << 8)).to(gl.int16))
-            if angles_ptr is not None:
-                positions.index(stage).store(gl.where(valid, place - first, 0).to(gl.int8))
+        sights.index(stage).store((low | (size.to(gl.int32) << 8)).to(gl.int16))
+        if angles_ptr is not None:
+            positions.index(stage).store(gl.where(valid, place - first, 0).to(gl.int8))
         if angles_ptr is not None:
             cos, sin = angles_of(angles_ptr, positions, stage, 0, columns, D, CHUNK, half)
             for chunk in range(TILE // CHUNK):
@@ -166,6 +168,36 @@ def fetch_line(line, pointer, start, length, MASKED: gl.constexpr):
         async_copy.async_copy_global_to_shared(line, pointer + start + place, mask=place < length)
     else:
         async_copy.async_copy_global_to_shared(line, pointer + start + place)
+
+
+@gluon.jit
+def store_turned_back(dqkv_ptr, tiles, stage, angles_ptr, positions, length, H: gl.constexpr):
+    """The gradients of a group's rows, those of turned q and k as of q and k before."""
+    q_tiles, k_tiles, v_tiles, _ = tiles
+    TILE: gl.constexpr = q_tiles.shape[1]
+    D: gl.constexpr = q_tiles.shape[2]
+    whole: gl.constexpr = whole_rows(D, gl.num_warps())
+    half: gl.constexpr = half_rows(D, gl.num_warps())
+    CHUNK: gl.constexpr = whole.shape[0]
+    rows = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, half))
+    columns = gl.arange(0, D // 2, layout=gl.SliceLayout(0, half))
+    for chunk in gl.static_range(TILE // CHUNK):
+        place = chunk * CHUNK + rows
+        valid = (place < length)[:, None]
+        at = dqkv_ptr + (place[:, None] * (3 * H * D) + columns[None, :])
+        v1, v2 = split(chunk_of(v_tiles, stage, chunk, CHUNK).load(whole), half)
+        gl.store(at + 2 * H * D, v1, mask=valid)
+        gl.store(at + (2 * H * D + D // 2), v2, mask=valid)
+        q1, q2 = split(chunk_of(q_tiles, stage, chunk, CHUNK).load(whole), half)
+        k1, k2 = split(chunk_of(k_tiles, stage, chunk, CHUNK).load(whole), half)
+        cos, sin = angles_of(angles_ptr, positions, stage, chunk, columns, D, CHUNK, half)
+        cos32, sin32 = cos.to(gl.float32), sin.to(gl.float32)
+        q1, q2 = turn(q1, q2, cos32, -sin32)
+        k1, k2 = turn(k1, k2, cos32, -sin32)
+        gl.store(at, q1, mask=valid)
+        gl.store(at + D // 2, q2, mask=valid)
+        gl.store(at + H * D, k1, mask=valid)
+        gl.store(at + (H * D + D // 2), k2, mask=valid)
 
 
 @gluon.jit

@@ -79,8 +79,9 @@ class Setting:
 _SMALL_TILE = Setting(Tuning(4, 1), Tuning(4, 1))
 _SMALL_TURNED_TILE = Setting(Tuning(4, 1, registers=96), Tuning(4, 1))
 _SMALL_TURNED_MASKED_TILE = Setting(Tuning(4, 2, programs=4), Tuning(4, 1))
-_RING = Setting(Ring(3, 4, 56, 4, 64), Ring(3, 4, 56, 4, 96))
-_TURNED_RING = Setting(Ring(3, 8, 56, 4, 64), Ring(3, 4, 64, 4, 64))
+_RING = Setting(Ring(3, 4, 56, 4, 64), Ring(3, 4, 56, 4, 80))
+_DROPPING_RING = Setting(Ring(3, 4, 56, 4, 64), Ring(3, 4, 56, 4, 40))
+_TURNED_RING = Setting(Ring(4, 8, 64, 4, 40), Ring(3, 4, 104, 4, 24))
 _MASKED_RING = Setting(Ring(3, 4, 56, 4, 64), Ring(3, 4, 32, 4, 80))
 _TURNED_MASKED_RING = Setting(Ring(3, 8, 56, 4, 64), Ring(3, 4, 72, 4, 72))
 _TURNED_MASKED_RING_OF_32 = Setting(Ring(3, 4, 72, 4, 64), Ring(3, 4, 72, 4, 72))
@@ -119,7 +120,9 @@ def setting_for(
     if tile == 128 and native:
         if masked and rotary:
             return _TURNED_MASKED_RING if head_size == 64 else _TURNED_MASKED_RING_OF_32
-        return _MASKED_RING if masked else _TURNED_RING if rotary else _RING
+        if masked:
+            return _MASKED_RING
+        return _TURNED_RING if rotary else _DROPPING_RING if dropout else _RING
     if tile and rotary and 90 <= capability < 100:
         return _SMALL_TURNED_MASKED_TILE if masked else _SMALL_TURNED_TILE
     if tile:

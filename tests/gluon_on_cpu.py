@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier as real_mbarrier
 
-from cramfast.kernels import attention_parts, language
+from cramfast.kernels import attention_hopper_turning, attention_parts, language
 
 DEADLOCK_SECONDS = 20
 SLOW_SECONDS = 0.01  # at every barrier
@@ -28,7 +28,9 @@ class Value(torch.Tensor):
 
     __iadd__, __isub__, __imul__ = torch.Tensor.__add__, torch.Tensor.__sub__, torch.Tensor.__mul__
 
-    def to(self, dtype):
+    def to(self, dtype, bitcast=False):
+        if bitcast:
+            return self.contiguous().view(dtype)
         return super().to(torch.int64) & 0xFFFFFFFF if dtype is UINT32 else super().to(dtype)
 
 
@@ -128,7 +130,7 @@ class Barrier:
 
 
 class Descriptor:
-    """A matrix of which tiles are loaded, with zeros for what is beyond it."""
+    """A matrix of which tiles are loaded, with zeros for what is beyond it, and stored."""
 
     def __init__(self, base, shape, strides, block, layout):
         assert strides[1] == 1 and strides[0] * base.elements.itemsize % 16 == 0
@@ -142,6 +144,11 @@ class Descriptor:
         part = self.matrix[row : row + rows, column : column + columns]
         into.store(F.pad(part, (0, columns - part.shape[1], 0, rows - part.shape[0])))
         barrier.arrive(copied=into.memory.nbytes)
+
+    def store(self, at, source):
+        (row, column), (rows, columns) = map(int, at), self.block
+        part = self.matrix[row : row + rows, column : column + columns]
+        part.copy_(source.load()[: part.shape[0], : part.shape[1]])
 
 
 class Language:
@@ -292,6 +299,11 @@ def is_kept(head, start, queries, query, keys, key, dropout):
     return number.as_subclass(torch.Tensor) >= 1009 * dropout
 
 
+def unpack(both):
+    """In place of that of the kernels, which is written in PTX."""
+    return tuple((both >> bits).to(torch.int16).to(torch.float16, bitcast=True).float() for bits in (16, 0))
+
+
 class Barriers:
     """In place of `mbarrier`."""
 
@@ -326,6 +338,8 @@ def run(kernel, programs: int, *arguments, num_warps: int = 8, slow: int | None 
     matrices = types.SimpleNamespace(
         make_tensor_descriptor=Descriptor,
         async_copy_global_to_shared=lambda descriptor, at, barrier, into: descriptor.load(at, barrier, into),
+        async_copy_shared_to_global=lambda descriptor, at, source: descriptor.store(at, source),
+        store_wait=lambda pendings: None,
     )
     for program in range(programs):
         gl = Language(program, programs, num_warps, slow)
@@ -345,6 +359,7 @@ def run(kernel, programs: int, *arguments, num_warps: int = 8, slow: int | None 
             id(language.fence_async_shared): lambda: None,
             id(attention_parts.generator_of): lambda seed, head: head,
             id(attention_parts.is_kept): is_kept,
+            id(attention_hopper_turning._unpack): unpack,
             id(language.warpgroup_mma): _product,
             id(language.warpgroup_mma_wait): lambda pending, deps: deps[0] if len(deps) == 1 else deps,
         }

@@ -5,7 +5,8 @@ capability 9.0, in Gluon.
 for the gradient of one block. Here all of a group is in shared memory, two blocks of 128 tokens, and with it dq of one
 block of keys until the other adds to it: five products, and every tensor is read and written once.
 
-As in `attention_hopper.py` every warp keeps to one task, and blocks in shared memory go from one to the next:
+As in `attention_hopper_tile_forward.py` every warp keeps to one task, and blocks in shared memory go from one to the
+next:
 
     mover: loads q, k, v and dout, computes delta of their rows  →  multiplier: matrix products, results in place of
     what was read  →  mover: stores them in whole cache lines, and loads the next group's

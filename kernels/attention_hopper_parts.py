@@ -1,11 +1,11 @@
 """What the kernels of attention for Hopper are put together from: layouts, rows on their way to shared memory and
-back, rotary embedding, masks, and the warps that prepare tiles.
+back, rotary embedding, masks.
 
 Symbols in comments: T tokens of the batch, H heads, D head size.
 """
 
-from .attention_parts import group_at, sight_of
-from .language import async_copy, fence_async_shared, gl, gluon, mbarrier
+from .attention_parts import sight_of
+from .language import async_copy, gl, gluon, mbarrier
 from .tiles import chunk_of, split, vectors
 
 
@@ -78,55 +78,6 @@ def angles_of(angles_ptr, positions, stage, chunk, columns, D: gl.constexpr, CHU
     position = pieces.index(stage * PIECES + chunk).load(gl.SliceLayout(1, layout)).to(gl.int32)
     at = angles_ptr + (position[:, None] * D + columns[None, :])
     return gl.load(at, eviction_policy="evict_last"), gl.load(at + D // 2, eviction_policy="evict_last")
-
-
-@gluon.jit
-def prepare(
-    groups_ptr, bounds_ptr, angles_ptr, tiles, notes, barriers, turns, T, window,
-    H: gl.constexpr, WINDOWED: gl.constexpr,
-):  # fmt: skip
-    """For tiles with a mask: notes the sight of each row, its first place in the low byte and how many in the high one,
-    and its position in its sequence; turns q and k."""
-    q_tiles, k_tiles = tiles[0], tiles[1]
-    sights, positions = notes
-    full, _, ready, _, _ = barriers
-    WARPS: gl.constexpr = gl.num_warps()
-    STAGES: gl.constexpr = q_tiles.shape[0]
-    TILE: gl.constexpr = q_tiles.shape[1]
-    D: gl.constexpr = q_tiles.shape[2]
-    whole: gl.constexpr = whole_rows(D, WARPS)
-    half: gl.constexpr = half_rows(D, WARPS)
-    CHUNK: gl.constexpr = whole.shape[0]
-    place = gl.arange(0, TILE, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
-    columns = gl.arange(0, D // 2, layout=gl.SliceLayout(0, half))
-    program, programs = gl.program_id(0), gl.num_programs(0)
-    for i in range(turns):
-        stage = i % STAGES
-        start, length = group_at(groups_ptr, (program + i * programs) // H, TILE)
-        valid = place < length
-        low, size = sight_of(bounds_ptr, start, place, valid, T, window, WINDOWED)
-        first = gl.load(bounds_ptr + start + place, mask=valid, other=0) - start
-        mbarrier.wait(full.index(stage), (i // STAGES) & 1)
-        sights.index(stage).store((low | (size.to(gl.int32) << 8)).to(gl.int16))
-        if angles_ptr is not None:
-            positions.index(stage).store(gl.where(valid, place - first, 0).to(gl.int8))
-        if angles_ptr is not None:
-            cos, sin = angles_of(angles_ptr, positions, stage, 0, columns, D, CHUNK, half)
-            for chunk in range(TILE // CHUNK):
-                cos32, sin32 = cos.to(gl.float32), sin.to(gl.float32)
-                # Those of the next chunk, long before they are used.
-                cos, sin = angles_of(
-                    angles_ptr, positions, stage, (chunk + 1) % (TILE // CHUNK), columns, D, CHUNK, half
-                )
-                q, k = chunk_of(q_tiles, stage, chunk, CHUNK), chunk_of(k_tiles, stage, chunk, CHUNK)
-                q1, q2 = split(q.load(whole), half)
-                k1, k2 = split(k.load(whole), half)
-                q1, q2 = turn(q1, q2, cos32, sin32)
-                k1, k2 = turn(k1, k2, cos32, sin32)
-                q.store(join(q1, q2, whole))
-                k.store(join(k1, k2, whole))
-        fence_async_shared()
-        mbarrier.arrive(ready.index(stage), count=1)
 
 
 @gluon.jit

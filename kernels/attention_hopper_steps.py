@@ -6,7 +6,8 @@ keys after the other meets all queries of its group, 64 at a step, and keeps dk 
 lies in shared memory, where one block of keys after the other adds to it: five products, and no atomics.
 
 Scores lie on their side, a row for each key, so that P and dS come out of one product as the next takes them in, from
-registers: only dq wants dS through shared memory. As in `attention_hopper.py` every warp keeps to one task:
+registers: only dq wants dS through shared memory. As in `attention_hopper_tile_forward.py` every warp keeps to one
+task:
 
     loader: brings k of a block; through a ring of stages its v, which goes on to registers, then q and dout step by
     step; computes delta of rows that come for the first time  →  two multipliers, each with half of a block's keys:

@@ -7,7 +7,8 @@ and no groups are needed.
 
 - `forward_tile`, `backward_tile`: a group is one tile, its scores are on the chip at once. The softmax needs no
   rescaling; backward makes dq, dk and dv in one pass, with delta = rowsum(P * dP) from the tile itself. Tiles of 128
-  are for cards that have room for them, with kernels of their own (`attention_hopper.py`); here they are interpreted.
+  are for cards that have room for them, with kernels of their own (`attention_hopper_tile_forward.py` and
+  `_backward.py`); here they are interpreted.
 - `forward_blocks`, `backward_queries`, `backward_keys`: a group spans blocks. The softmax is rescaled from block to
   block; backward goes over the pairs of blocks twice, once for dq and once for dk and dv. That is 7 products where one
   pass takes 5, yet faster: one pass has to add to dk and dv in memory, and holds so much that nothing runs beside it.

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .attention_hopper import backward_tile_hopper, forward_tile_hopper
 from .attention_hopper_blocks import backward_blocks_hopper
 from .attention_hopper_steps import backward_steps_hopper
+from .attention_hopper_tile_backward import backward_tile_hopper
+from .attention_hopper_tile_forward import forward_tile_hopper
 from .attention_kernels import backward_keys, backward_queries, backward_tile, forward_blocks, forward_tile
 from .language import GLUON_AVAILABLE, triton
 from .launch import Launch, catalogue
@@ -33,8 +34,8 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Ring:
-    """For a kernel of `attention_hopper.py`: stages, and how many warps prepare and move tiles, beside the eight that
-    multiply, with how many registers a thread; `programs` as in `Tuning`."""
+    """For `attention_hopper_tile_forward.py` and `_backward.py`: stages, and how many warps prepare and move tiles,
+    beside the eight that multiply, with how many registers a thread; `programs` as in `Tuning`."""
 
     stages: int
     preparers: int
@@ -141,7 +142,7 @@ def launch_for(
     kernel, tuning: AnyTuning, tensors: tuple, heads: int, head_size: int, tile: int, windowed: bool
 ) -> Launch:
     """One of the kernels for `tensors`, a dtype for each of its pointers, in tiles, or blocks where `tile` is 0. With a
-    ring, that of `attention_hopper.py` which does the same; where one kernel does all of the backward pass over blocks,
+    ring, the kernel for Hopper that does the same; where one kernel does all of the backward pass over blocks,
     `backward_queries` stands for it."""
     # Without masks, sequences fill tiles or blocks: their tokens, and those of all together, are a multiple of 16.
     tokens = "i32" if torch.int32 in tensors else "i32:16"

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier as real_mbarrier
 
-from cramfast.kernels import attention_hopper_turning, attention_parts, language
+from cramfast.kernels import attention_hopper_prepare, attention_parts, language
 
 DEADLOCK_SECONDS = 20
 SLOW_SECONDS = 0.01  # at every barrier
@@ -359,7 +359,7 @@ def run(kernel, programs: int, *arguments, num_warps: int = 8, slow: int | None 
             id(language.fence_async_shared): lambda: None,
             id(attention_parts.generator_of): lambda seed, head: head,
             id(attention_parts.is_kept): is_kept,
-            id(attention_hopper_turning._unpack): unpack,
+            id(attention_hopper_prepare._unpack): unpack,
             id(language.warpgroup_mma): _product,
             id(language.warpgroup_mma_wait): lambda pending, deps: deps[0] if len(deps) == 1 else deps,
         }

@@ -1,5 +1,5 @@
-"""The kernels of `attention_hopper.py` on the CPU, where `gluon_on_cpu` stands in for Gluon. On a card of compute
-capability 9.0 all tests of attention run them as they are."""
+"""The kernels of `attention_hopper_tile_forward.py` and `_backward.py` on the CPU, where `gluon_on_cpu` stands in for
+Gluon. On a card of compute capability 9.0 all tests of attention run them as they are."""
 
 import math
 
@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from gluon_on_cpu import is_kept, run
 
 from cramfast.kernels import varlen_attention_reference
-from cramfast.kernels.attention_hopper import backward_tile_hopper, forward_tile_hopper
+from cramfast.kernels.attention_hopper_tile_backward import backward_tile_hopper
+from cramfast.kernels.attention_hopper_tile_forward import forward_tile_hopper
 from cramfast.kernels.rotary import token_angles, turn
 from cramfast.kernels.sequences import group_sequences
 from cramfast.model import rotary_tables

@@ -1,14 +1,15 @@
-"""Rotary embedding in tiles that groups fill, for `attention_hopper.py`.
+"""The warps that prepare tiles for `attention_hopper_tile_forward.py` and `_backward.py`: rotary embedding and masks.
 
-A place in such a tile is a position, so the angles of all tiles are the same, and the warps that turn q and k keep them
-in registers: fetched for every tile they would be waited for longer than all of the rest takes. What these warps write
-is taken away by the copy engine. Their fences wait for whatever they have under way in global memory, so they begin
-nothing there themselves.
+A place in a tile that a group fills is a position, so the angles of all such tiles are the same, and the warps that
+turn q and k keep them in registers: fetched for every tile they would be waited for longer than all of the rest takes.
+What these warps write is taken away by the copy engine. Their fences wait for whatever they have under way in global
+memory, so they begin nothing there themselves.
 
-Symbols in comments: D head size.
+Symbols in comments: T tokens of the batch, H heads, D head size.
 """
 
-from .attention_hopper_parts import half_rows, join, turn, whole_rows
+from .attention_hopper_parts import angles_of, half_rows, join, turn, whole_rows
+from .attention_parts import group_at, sight_of
 from .language import fence_async_shared, gl, gluon, mbarrier
 from .tiles import chunk_of, split
 
@@ -100,15 +101,15 @@ def _turn_part(tiles, stage, part, kept, whole: gl.constexpr, half: gl.constexpr
 
 @gluon.jit
 def _turn_tiles(q_tiles, k_tiles, stage, kept, whole: gl.constexpr, half: gl.constexpr, BACK: gl.constexpr):
-    # Before a part is stored all of its threads have to have it: they meet, which is when q's and k's follow each other
-    # as often as there are parts of both.
+    # The threads meet before a part is stored, and before one is loaded from where the last was stored: with q's and
+    # k's in turn, one meeting serves as both.
     for part in gl.static_range(q_tiles.shape[1] // whole.shape[0]):
         _turn_part(q_tiles, stage, part, kept[part], whole, half, BACK)
         _turn_part(k_tiles, stage, part, kept[part], whole, half, BACK)
 
 
 @gluon.jit
-def turn_full(angles_ptr, q_tiles, k_tiles, barriers, turns, BACKWARD: gl.constexpr):
+def _turn_full(angles_ptr, q_tiles, k_tiles, barriers, turns, BACKWARD: gl.constexpr):
     """Turns q and k of every tile; backward also the gradients that take their places, back."""
     full, _, ready, done, back = barriers
     STAGES: gl.constexpr = q_tiles.shape[0]
@@ -131,3 +132,62 @@ def turn_full(angles_ptr, q_tiles, k_tiles, barriers, turns, BACKWARD: gl.conste
                 _turn_tiles(q_tiles, k_tiles, stage, kept, whole, half, True)
                 fence_async_shared()
                 mbarrier.arrive(back.index(stage), count=1)
+
+
+@gluon.jit
+def _prepare_masked(
+    groups_ptr, bounds_ptr, angles_ptr, tiles, notes, barriers, turns, T, window,
+    H: gl.constexpr, WINDOWED: gl.constexpr,
+):  # fmt: skip
+    """For tiles with a mask: notes the sight of each row, its first place in the low byte and how many in the high one,
+    and its position in its sequence; turns q and k."""
+    q_tiles, k_tiles = tiles[0], tiles[1]
+    sights, positions = notes
+    full, _, ready, _, _ = barriers
+    WARPS: gl.constexpr = gl.num_warps()
+    STAGES: gl.constexpr = q_tiles.shape[0]
+    TILE: gl.constexpr = q_tiles.shape[1]
+    D: gl.constexpr = q_tiles.shape[2]
+    whole: gl.constexpr = whole_rows(D, WARPS)
+    half: gl.constexpr = half_rows(D, WARPS)
+    CHUNK: gl.constexpr = whole.shape[0]
+    place = gl.arange(0, TILE, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
+    columns = gl.arange(0, D // 2, layout=gl.SliceLayout(0, half))
+    program, programs = gl.program_id(0), gl.num_programs(0)
+    for i in range(turns):
+        stage = i % STAGES
+        start, length = group_at(groups_ptr, (program + i * programs) // H, TILE)
+        valid = place < length
+        low, size = sight_of(bounds_ptr, start, place, valid, T, window, WINDOWED)
+        first = gl.load(bounds_ptr + start + place, mask=valid, other=0) - start
+        mbarrier.wait(full.index(stage), (i // STAGES) & 1)
+        sights.index(stage).store((low | (size.to(gl.int32) << 8)).to(gl.int16))
+        if angles_ptr is not None:
+            positions.index(stage).store(gl.where(valid, place - first, 0).to(gl.int8))
+            cos, sin = angles_of(angles_ptr, positions, stage, 0, columns, D, CHUNK, half)
+            for chunk in range(TILE // CHUNK):
+                cos32, sin32 = cos.to(gl.float32), sin.to(gl.float32)
+                # Those of the next chunk, long before they are used.
+                following = (chunk + 1) % (TILE // CHUNK)
+                cos, sin = angles_of(angles_ptr, positions, stage, following, columns, D, CHUNK, half)
+                q, k = chunk_of(q_tiles, stage, chunk, CHUNK), chunk_of(k_tiles, stage, chunk, CHUNK)
+                q1, q2 = split(q.load(whole), half)
+                k1, k2 = split(k.load(whole), half)
+                q1, q2 = turn(q1, q2, cos32, sin32)
+                k1, k2 = turn(k1, k2, cos32, sin32)
+                q.store(join(q1, q2, whole))
+                k.store(join(k1, k2, whole))
+        fence_async_shared()
+        mbarrier.arrive(ready.index(stage), count=1)
+
+
+@gluon.jit
+def prepare(
+    groups_ptr, bounds_ptr, angles_ptr, tiles, notes, barriers, turns, T, window,
+    H: gl.constexpr, WINDOWED: gl.constexpr, BACKWARD: gl.constexpr,
+):  # fmt: skip
+    """Makes every tile ready for the multipliers; where neither groups nor angles are given, none need it."""
+    if groups_ptr is None:
+        _turn_full(angles_ptr, tiles[0], tiles[1], barriers, turns, BACKWARD)
+    else:
+        _prepare_masked(groups_ptr, bounds_ptr, angles_ptr, tiles, notes, barriers, turns, T, window, H, WINDOWED)

@@ -488,7 +488,7 @@ PREPARE_IN_A_PROCESS_OF_ITS_OWN = """
     words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(6, 18))) for _ in range(2_000)]
     sentences = [" ".join(rng.choices(words, k=rng.randint(5, 25))) for _ in range(20_000)]
     with open("corpus.txt", "w") as file:
-        while file.tell() < 60_000_000:
+        while file.tell() < 20_000_000:
             file.write(" ".join(rng.choices(sentences, k=20)) + "\\n\\n")
 
     prepare = '''if True:
@@ -499,7 +499,7 @@ PREPARE_IN_A_PROCESS_OF_ITS_OWN = """
         plain = {"lowercase": False, "strip_accents": False, "max_tokens_per_char": 1.0}
         options = TextOptions(data=("corpus.txt",), vocab_size=8192, heldout_fraction=0.01, **plain)
         dataset = prepare(options, Path("cache"), lambda *_: None, print)
-        assert len(dataset.split("train")) > 4_000_000
+        assert len(dataset.split("train")) > 1_300_000
     '''
     subprocess.run([sys.executable, "-c", prepare], check=True)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -513,5 +513,5 @@ def test_memory_is_bounded(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    # Tokenising the whole corpus in one go peaks at 1 GiB; a bound above that would see nothing.
-    assert int(done.stdout) < 2**29
+    # Tokenising the whole corpus in one go peaks at 370 MiB; a bound above that would see nothing.
+    assert int(done.stdout) < 2**28

@@ -91,24 +91,26 @@ def assert_as_exact_as_the_reference(kernel, lengths, size, dtype, **options):
         assert error <= allowed, "qkv"[which]
 
 
+BF16, HALF = torch.bfloat16, torch.float16
+
+
 @kernels
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    ("ragged", "size", "options"),
+    ("ragged", "size", "dtype", "options"),
     [
-        pytest.param(False, 64, {}, id="full"),
-        pytest.param(False, 64, {"turned": True}, id="full, rotary"),
-        pytest.param(False, 64, {"window": 129}, id="full, a window of more than a block"),
-        pytest.param(False, 64, {"window": 0}, id="full, a window of the token alone"),
-        pytest.param(True, 64, {}, id="ragged"),
-        pytest.param(True, 64, {"turned": True}, id="ragged, rotary"),
-        pytest.param(True, 32, {"turned": True, "window": 20}, id="ragged, rotary, window, heads of 32"),
-        pytest.param(False, 64, {"dropout": 0.3}, id="full, dropout"),
-        pytest.param(True, 64, {"dropout": 0.1}, id="ragged, dropout"),
-        pytest.param(True, 32, {"dropout": 0.5, "turned": True, "window": 70}, id="ragged, all of it, heads of 32"),
+        pytest.param(False, 64, BF16, {}, id="full"),
+        pytest.param(False, 64, HALF, {"turned": True}, id="full, rotary"),
+        pytest.param(False, 64, BF16, {"window": 129}, id="full, a window of more than a block"),
+        pytest.param(False, 64, HALF, {"window": 0}, id="full, a window of the token alone"),
+        pytest.param(True, 64, HALF, {}, id="ragged"),
+        pytest.param(True, 64, BF16, {"turned": True}, id="ragged, rotary"),
+        pytest.param(True, 32, HALF, {"turned": True, "window": 20}, id="ragged, rotary, window, heads of 32"),
+        pytest.param(False, 64, HALF, {"dropout": 0.3}, id="full, dropout"),
+        pytest.param(True, 64, BF16, {"dropout": 0.1}, id="ragged, dropout"),
+        pytest.param(True, 32, BF16, {"dropout": 0.5, "turned": True, "window": 70}, id="ragged, all, heads of 32"),
     ],
 )
-def test_results_are_as_exact_as_the_reference(kernel, ragged, size, options, dtype):
+def test_results_are_as_exact_as_the_reference(kernel, ragged, size, dtype, options):
     lengths = kernel.ragged if ragged else (kernel.span,) * 3
     assert_as_exact_as_the_reference(kernel, lengths, size, dtype, **options)
 
@@ -125,9 +127,14 @@ def test_so_are_those_of_one_block_and_more(kernel, lengths, size):
 
 @kernels
 @pytest.mark.parametrize(
-    "options", [{"turned": True}, {"window": 70}, {"dropout": 0.1}], ids=["rotary", "window", "dropout"]
+    ("ragged", "options"),
+    [
+        pytest.param(False, {"turned": True}, id="full, rotary"),
+        pytest.param(False, {"window": 70, "dropout": 0.1}, id="full, window, dropout"),
+        pytest.param(True, {"turned": True, "window": 70}, id="ragged, rotary, window"),
+        pytest.param(True, {"dropout": 0.1}, id="ragged, dropout"),
+    ],
 )
-@pytest.mark.parametrize("ragged", [False, True], ids=["full", "ragged"])
 def test_who_does_the_work_does_not_matter(kernel, ragged, options):
     """Rings that go round many times, not once, or not at all."""
     lengths = kernel.ragged if ragged else (kernel.span,) * 3

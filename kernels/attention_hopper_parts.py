@@ -245,12 +245,10 @@ def note_delta(line, outs, which, douts, stage, pointer, length, share):
 
 
 @gluon.jit
-def store_block(
+def _store_turned_back(
     tiles, stage, dqkv_ptr, angles_ptr, head, start, first, length, scale,
     WHICH: gl.constexpr, H: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """The gradient of a block of q, k or v, which is 0, 1 or 2, times `scale` unless that is None; where there are
-    angles, of turned rows as that of rows before."""
     D: gl.constexpr = tiles.shape[2]
     whole: gl.constexpr = whole_rows(D, gl.num_warps())
     half: gl.constexpr = half_rows(D, gl.num_warps())
@@ -264,17 +262,50 @@ def store_block(
         x1, x2 = split(chunk_of(tiles, stage, chunk, ROWS).load(whole), half)
         if scale is not None:
             x1, x2 = x1 * scale, x2 * scale
-        if angles_ptr is not None:
-            if MASKED:
-                at = angles_ptr + ((start + place).to(gl.int64)[:, None] * D + columns[None, :])
-                cos = gl.load(at, mask=valid[:, None], other=0.0)
-                sin = gl.load(at + D // 2, mask=valid[:, None], other=0.0)
-            else:
-                at = angles_ptr + (place[:, None] * D + columns[None, :])
-                cos, sin = gl.load(at), gl.load(at + D // 2)
-            x1, x2 = turn(x1, x2, cos.to(gl.float32), -sin.to(gl.float32))
+        if MASKED:
+            at = angles_ptr + ((start + place).to(gl.int64)[:, None] * D + columns[None, :])
+            cos = gl.load(at, mask=valid[:, None], other=0.0)
+            sin = gl.load(at + D // 2, mask=valid[:, None], other=0.0)
+        else:
+            at = angles_ptr + (place[:, None] * D + columns[None, :])
+            cos, sin = gl.load(at), gl.load(at + D // 2)
+        x1, x2 = turn(x1, x2, cos.to(gl.float32), -sin.to(gl.float32))
         column = (WHICH * H + head) * D + columns
         at = dqkv_ptr + ((start + place).to(gl.int64)[:, None] * (3 * H * D) + column[None, :])
         dtype: gl.constexpr = dqkv_ptr.dtype.element_ty
         store_rows(at, x1.to(dtype), valid, MASKED)
         store_rows(at + D // 2, x2.to(dtype), valid, MASKED)
+
+
+@gluon.jit
+def _store_lines(
+    tiles, stage, dqkv_ptr, head, start, first, length, scale,
+    WHICH: gl.constexpr, H: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    D: gl.constexpr = tiles.shape[2]
+    ROWS: gl.constexpr = 64
+    layout: gl.constexpr = vectors(D, gl.num_warps())
+    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    columns = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
+    dtype: gl.constexpr = dqkv_ptr.dtype.element_ty
+    for chunk in range((gl.minimum(length - first, tiles.shape[1]) + ROWS - 1) // ROWS):
+        place = first + chunk * ROWS + rows
+        x = chunk_of(tiles, stage, chunk, ROWS).load(layout)
+        if scale is not None:
+            x *= scale
+        column = (WHICH * H + head) * D + columns
+        at = dqkv_ptr + ((start + place).to(gl.int64)[:, None] * (3 * H * D) + column[None, :])
+        store_rows(at, x.to(dtype), place < length, MASKED)
+
+
+@gluon.jit
+def store_block(
+    tiles, stage, dqkv_ptr, angles_ptr, head, start, first, length, scale,
+    WHICH: gl.constexpr, H: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """The gradient of a block of q, k or v, which is 0, 1 or 2, times `scale` unless that is None; where there are
+    angles, of turned rows as that of rows before."""
+    if angles_ptr is None:
+        _store_lines(tiles, stage, dqkv_ptr, head, start, first, length, scale, WHICH, H, MASKED)
+    else:
+        _store_turned_back(tiles, stage, dqkv_ptr, angles_ptr, head, start, first, length, scale, WHICH, H, MASKED)

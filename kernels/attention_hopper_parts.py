@@ -245,7 +245,7 @@ def note_delta(line, outs, which, douts, stage, pointer, length, share):
 
 
 @gluon.jit
-def _store_turned_back(
+def _store_block_turned_back(
     tiles, stage, dqkv_ptr, angles_ptr, head, start, first, length, scale,
     WHICH: gl.constexpr, H: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
@@ -278,7 +278,7 @@ def _store_turned_back(
 
 
 @gluon.jit
-def _store_lines(
+def _store_block_lines(
     tiles, stage, dqkv_ptr, head, start, first, length, scale,
     WHICH: gl.constexpr, H: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
@@ -306,6 +306,8 @@ def store_block(
     """The gradient of a block of q, k or v, which is 0, 1 or 2, times `scale` unless that is None; where there are
     angles, of turned rows as that of rows before."""
     if angles_ptr is None:
-        _store_lines(tiles, stage, dqkv_ptr, head, start, first, length, scale, WHICH, H, MASKED)
+        _store_block_lines(tiles, stage, dqkv_ptr, head, start, first, length, scale, WHICH, H, MASKED)
     else:
-        _store_turned_back(tiles, stage, dqkv_ptr, angles_ptr, head, start, first, length, scale, WHICH, H, MASKED)
+        _store_block_turned_back(
+            tiles, stage, dqkv_ptr, angles_ptr, head, start, first, length, scale, WHICH, H, MASKED
+        )

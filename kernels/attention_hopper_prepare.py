@@ -17,7 +17,7 @@ PART = gl.constexpr(64)  # rows that are turned at a time, at the least
 
 
 @gluon.constexpr_function
-def taller(layout, rows):
+def _taller(layout, rows):
     """`layout` over `rows` rows; those that are more go to the threads that have the others."""
     height, columns = layout.shape
     more = [[height << i, 0] for i in range((rows // height).bit_length() - 1)]
@@ -115,8 +115,8 @@ def _turn_full(angles_ptr, q_tiles, k_tiles, barriers, turns, BACKWARD: gl.const
     STAGES: gl.constexpr = q_tiles.shape[0]
     TILE: gl.constexpr = q_tiles.shape[1]
     D: gl.constexpr = q_tiles.shape[2]
-    whole: gl.constexpr = taller(whole_rows(D, gl.num_warps()), PART)
-    half: gl.constexpr = taller(half_rows(D, gl.num_warps()), PART)
+    whole: gl.constexpr = _taller(whole_rows(D, gl.num_warps()), PART)
+    half: gl.constexpr = _taller(half_rows(D, gl.num_warps()), PART)
     kept = _keep(angles_ptr, TILE, D, half)
     for i in range(turns + BACKWARD):
         if i < turns:

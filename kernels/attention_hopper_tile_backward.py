@@ -16,6 +16,7 @@ LOG2_E = gl.constexpr(1.4426950408889634)
 @gluon.jit
 def _store(dqkv_ptr, tiles, stage, length, H: gl.constexpr, MASKED: gl.constexpr):
     """The gradients of a group's rows."""
+    # Unrolled, unlike `store_block`: there are registers for it, and the kernel takes 2 to 5 % less time.
     q_tiles, k_tiles, v_tiles, _ = tiles
     D: gl.constexpr = q_tiles.shape[2]
     layout: gl.constexpr = vectors(D, gl.num_warps())

@@ -34,10 +34,10 @@ class Kind(Enum):
 # Of each file in kernels/: the kinds of its kernels, of those without and those with "backward" in their names.
 _FILES = {
     "adamw": (Kind.OPTIMIZER, Kind.OPTIMIZER),
-    "attention_hopper_tile_backward": (Kind.ATTENTION_BACKWARD, Kind.ATTENTION_BACKWARD),
     "attention_hopper_blocks": (Kind.ATTENTION_BACKWARD, Kind.ATTENTION_BACKWARD),
-    "attention_hopper_tile_forward": (Kind.ATTENTION_FORWARD, Kind.ATTENTION_FORWARD),
     "attention_hopper_steps": (Kind.ATTENTION_BACKWARD, Kind.ATTENTION_BACKWARD),
+    "attention_hopper_tile_backward": (Kind.ATTENTION_BACKWARD, Kind.ATTENTION_BACKWARD),
+    "attention_hopper_tile_forward": (Kind.ATTENTION_FORWARD, Kind.ATTENTION_FORWARD),
     "attention_kernels": (Kind.ATTENTION_FORWARD, Kind.ATTENTION_BACKWARD),
     "column_sums": (Kind.MATMUL, Kind.MATMUL),
     "embed_kernels": (Kind.EMBEDDING, Kind.EMBEDDING),

@@ -32,11 +32,13 @@ from .attention_settings import (
     DTYPES,
     HEAD_SIZES,
     LONGEST,
+    Ring,
     Setting,
     Steps,
     Tuning,
     block_for,
     launch_for,
+    packs,
     setting_for,
     tile_for,
 )
@@ -44,7 +46,8 @@ from .dispatch import pick
 from .launch import aligned, capability_of, ceil_div, contiguous, dtype_of, multiprocessors
 from .long_attention import long_attention
 from .operator import Operator, define
-from .rotary import rotate, token_angles, turn, turn_packed
+from .packing import pack_sequences
+from .rotary import rotate, tile_angles, token_angles, turn, turn_packed
 from .sequences import all_as_long, group_sequences, sequence_positions
 
 _NO_WINDOW = -1
@@ -91,19 +94,27 @@ def _setting(qkv, groups, angles, seed, tile, longest) -> Setting:
     return setting_for(tile, int(qkv.shape[-1]), longest, *options, capability, native)
 
 
-def _run(kernel, tuning, tensors, qkv, groups, tile, longest, scale, window, dropout):
+def _most_groups(total, groups, bounds, longest) -> int:
+    """How many groups, or tiles, there may be of them: how many there are only the GPU knows."""
+    if groups is None:
+        return total // longest
+    return groups.shape[0] - 1 if bounds.ndim == 2 else bounds.shape[1]
+
+
+def _run(kernel, tuning, tensors, qkv, count, tile, longest, scale, window, dropout):
     """Run `kernel` over `tensors` with a program for each piece of work, or as many as stay on the GPU."""
     total, _, heads, head_size = qkv.shape
-    in_gluon = not isinstance(tuning, Tuning)
+    in_gluon, packed = not isinstance(tuning, Tuning), isinstance(tuning, Ring)
     if in_gluon:
         tensors = tuple(map(aligned, tensors))
     dtypes = tuple(map(dtype_of, tensors))
-    launch = launch_for(kernel, tuning, dtypes, int(heads), int(head_size), tile, window >= 0)
-    count = total // longest if groups is None else groups.shape[0] - 1
+    windowed = window >= 0 and not packed  # the places in packed tiles are told what they see
+    launch = launch_for(kernel, tuning, dtypes, int(heads), int(head_size), tile, windowed)
     programs = count * heads * (1 if tile or in_gluon else ceil_div(longest, BLOCK))
     if tuning.programs and qkv.device.type == "cuda":
         programs = min(programs, multiprocessors(qkv.device) * tuning.programs)
-    launch(programs, *tensors, total, count if tile else longest, window, scale, dropout)
+    options = (scale, dropout) if packed else (window, scale, dropout)
+    launch(programs, *tensors, total, count if tile else longest, *options)
 
 
 def attention_forward(qkv, groups, bounds, angles, seed, tile, longest, scale, window, dropout):
@@ -114,7 +125,8 @@ def attention_forward(qkv, groups, bounds, angles, seed, tile, longest, scale, w
     total, _, heads, head_size = qkv.shape
     out, lse = qkv.new_empty(total, heads, head_size), qkv.new_empty(heads, total, dtype=torch.float32)
     setting = _setting(qkv, groups, angles, seed, tile, longest)
-    rest = (qkv, groups, tile, longest, scale, window, dropout)
+    count = _most_groups(qkv.shape[0], groups, bounds, longest)
+    rest = (qkv, count, tile, longest, scale, window, dropout)
     if tile:
         _run(forward_tile, setting.forward, (qkv, groups, bounds, angles, seed, out, lse), *rest)
     else:
@@ -126,7 +138,8 @@ def attention_backward(dout, qkv, out, lse, groups, bounds, angles, seed, tile, 
     dout, qkv = contiguous(dout, qkv)
     dqkv = torch.empty_like(qkv)
     setting = _setting(qkv, groups, angles, seed, tile, longest)
-    rest = (qkv, groups, tile, longest, scale, window, dropout)
+    count = _most_groups(qkv.shape[0], groups, bounds, longest)
+    rest = (qkv, count, tile, longest, scale, window, dropout)
     if tile:
         _run(backward_tile, setting.backward, (dout, qkv, lse, groups, bounds, angles, seed, dqkv), *rest)
     elif setting.backward_keys is None:
@@ -225,19 +238,26 @@ def has_kernels(dtype: torch.dtype, head_size: int, max_seqlen: int) -> bool:
 
 def attention_layout(cu_seqlens, total, head_size, max_seqlen, *, cos, sin, softmax_scale, window, dropout_p):
     """What the kernels are told of a batch of `total` tokens besides qkv, the same for every layer that has these
-    options: the tensors (groups, bounds, angles) and the settings (tile, longest, scale, window, dropout)."""
+    options: the tensors (groups, bounds, angles), the first two from `pack_sequences` or `group_sequences`, and the
+    settings (tile, longest, scale, window, dropout)."""
     look_up = capability_of if torch.compiler.is_compiling() else _remembered_capability  # tracing warns of a cache
     capability, dropout = look_up(cu_seqlens.device), dropout_p > 0
     tile = tile_for(head_size, max_seqlen, cos is not None, dropout, capability)
     block = tile or block_for(head_size, capability)
+    window = _NO_WINDOW if window is None else min(window, max_seqlen)
     groups = bounds = angles = None
     # Where the sequences just fill their tiles or blocks, nothing needs a mask.
     fitting = max_seqlen == tile if tile else max_seqlen % block == 0
-    if not (fitting and all_as_long(cu_seqlens, total, max_seqlen) and window is None and head_size != 96):
+    dense = fitting and all_as_long(cu_seqlens, total, max_seqlen) and window == _NO_WINDOW and head_size != 96
+    packed = not dense and packs(tile, native=cu_seqlens.device.type == "cuda")
+    if packed:
+        groups, bounds = pack_sequences(cu_seqlens.contiguous(), total, tile, window)
+    elif not dense:
         groups, bounds = group_sequences(cu_seqlens.contiguous(), total, max_seqlen, block)
-    if cos is not None:
+    if cos is not None and packed:
+        angles = tile_angles(cos, sin, tile)
+    elif cos is not None:
         of_positions = tile or (max_seqlen if bounds is None else 0)
         angles = token_angles(cos, sin, None if of_positions else bounds, of_positions or total)
     scale = head_size**-0.5 if softmax_scale is None else softmax_scale
-    window = _NO_WINDOW if window is None else min(window, max_seqlen)
     return (groups, bounds, angles), (tile, max_seqlen, scale, window, dropout_p)

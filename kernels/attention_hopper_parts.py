@@ -38,25 +38,23 @@ def eights(warps, columns=128):
 
 
 @gluon.jit
-def make_barriers(STAGES: gl.constexpr, MOVERS: gl.constexpr, TURNS: gl.constexpr):
-    """(full, rest, ready, done, back), each for every stage: completed by all copies of the movers' warps, by those of
-    what is not turned, by the preparers, by the multipliers, and by the preparers once results are turned back. Without
-    TURNS `full` and `done` are all that `rest` and `back` could tell."""
+def make_barriers(STAGES: gl.constexpr, MOVERS: gl.constexpr, APART: gl.constexpr):
+    """(full, rest, ready, done), each for every stage: completed by all copies of the movers' warps, by those that come
+    last, by the preparers and by the multipliers. If none is waited for APART from the others, `full` is all that
+    `rest` could tell."""
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     done = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    rest, back = full, done
-    if TURNS:
+    rest = full
+    if APART:
         rest = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        back = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=32 * MOVERS)
         mbarrier.init(ready.index(stage), count=1)
         mbarrier.init(done.index(stage), count=1)
-        if TURNS:
+        if APART:
             mbarrier.init(rest.index(stage), count=32 * MOVERS)
-            mbarrier.init(back.index(stage), count=1)
-    return full, rest, ready, done, back
+    return full, rest, ready, done
 
 
 @gluon.jit
@@ -68,16 +66,6 @@ def join(x1, x2, layout: gl.constexpr):
 @gluon.jit
 def turn(x1, x2, cos, sin):
     return (x1 * cos - x2 * sin).to(x1.dtype), (x2 * cos + x1 * sin).to(x1.dtype)
-
-
-@gluon.jit
-def angles_of(angles_ptr, positions, stage, chunk, columns, D: gl.constexpr, CHUNK: gl.constexpr, layout: gl.constexpr):
-    """cos and sin for a chunk's rows, (CHUNK, D / 2), float16."""
-    PIECES: gl.constexpr = positions.shape[1] // CHUNK
-    pieces = positions._reinterpret(gl.int8, [positions.shape[0] * PIECES, CHUNK], positions.layout)
-    position = pieces.index(stage * PIECES + chunk).load(gl.SliceLayout(1, layout)).to(gl.int32)
-    at = angles_ptr + (position[:, None] * D + columns[None, :])
-    return gl.load(at, eviction_policy="evict_last"), gl.load(at + D // 2, eviction_policy="evict_last")
 
 
 @gluon.jit
@@ -114,7 +102,7 @@ def fetch_rows(tile, pointer, start, length, STRIDE: gl.constexpr, MASKED: gl.co
 
 @gluon.jit
 def fetch_line(line, pointer, start, length, MASKED: gl.constexpr):
-    place = gl.arange(0, line.shape[0], layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    place = line_of(line.shape[0])
     if MASKED:
         async_copy.async_copy_global_to_shared(line, pointer + start + place, mask=place < length)
     else:
@@ -122,33 +110,59 @@ def fetch_line(line, pointer, start, length, MASKED: gl.constexpr):
 
 
 @gluon.jit
-def store_turned_back(dqkv_ptr, tiles, stage, angles_ptr, positions, length, H: gl.constexpr):
-    """The gradients of a group's rows, those of turned q and k as of q and k before."""
-    q_tiles, k_tiles, v_tiles, _ = tiles
-    TILE: gl.constexpr = q_tiles.shape[1]
-    D: gl.constexpr = q_tiles.shape[2]
-    whole: gl.constexpr = whole_rows(D, gl.num_warps())
-    half: gl.constexpr = half_rows(D, gl.num_warps())
-    CHUNK: gl.constexpr = whole.shape[0]
-    rows = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, half))
-    columns = gl.arange(0, D // 2, layout=gl.SliceLayout(0, half))
-    for chunk in gl.static_range(TILE // CHUNK):
-        place = chunk * CHUNK + rows
-        valid = (place < length)[:, None]
-        at = dqkv_ptr + (place[:, None] * (3 * H * D) + columns[None, :])
-        v1, v2 = split(chunk_of(v_tiles, stage, chunk, CHUNK).load(whole), half)
-        gl.store(at + 2 * H * D, v1, mask=valid)
-        gl.store(at + (2 * H * D + D // 2), v2, mask=valid)
-        q1, q2 = split(chunk_of(q_tiles, stage, chunk, CHUNK).load(whole), half)
-        k1, k2 = split(chunk_of(k_tiles, stage, chunk, CHUNK).load(whole), half)
-        cos, sin = angles_of(angles_ptr, positions, stage, chunk, columns, D, CHUNK, half)
-        cos32, sin32 = cos.to(gl.float32), sin.to(gl.float32)
-        q1, q2 = turn(q1, q2, cos32, -sin32)
-        k1, k2 = turn(k1, k2, cos32, -sin32)
-        gl.store(at, q1, mask=valid)
-        gl.store(at + D // 2, q2, mask=valid)
-        gl.store(at + H * D, k1, mask=valid)
-        gl.store(at + (H * D + D // 2), k2, mask=valid)
+def turns_of(count_ptr, count, H: gl.constexpr):
+    """How many of all heads of all tiles this program has to do; there are `count` tiles, or as many as in memory."""
+    program, programs = gl.program_id(0), gl.num_programs(0)
+    if count_ptr is not None:
+        count = gl.load(count_ptr)
+    return (count * H - program + programs - 1) // programs
+
+
+@gluon.jit
+def tokens_at(places_ptr, tile, place, TILE: gl.constexpr):
+    """The tokens at `place` in a tile, -1 if there is none; without a table, tiles have as many in a row as places."""
+    if places_ptr is None:
+        return tile * TILE + place
+    else:
+        return gl.load(places_ptr + (tile * TILE + place))
+
+
+@gluon.jit
+def tokens_of(places_ptr, tile, TILE: gl.constexpr, ROWS: gl.constexpr, layout: gl.constexpr):
+    """The tokens of a tile in parts of ROWS, as rows of `layout`."""
+    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    tokens = ()
+    for part in gl.static_range(TILE // ROWS):
+        tokens = tokens + (tokens_at(places_ptr, tile, part * ROWS + rows, TILE),)
+    return tokens
+
+
+@gluon.jit
+def notes_at(places_ptr, slots, tile, place, TILE: gl.constexpr):
+    """What is to be known of `place` in a tile, as `pack_sequences` notes it."""
+    return gl.load(places_ptr + ((slots + tile) * TILE + place))
+
+
+@gluon.jit
+def gather_rows(tiles, stage, part, pointer, tokens, STRIDE: gl.constexpr):
+    """Begin to copy the rows of `tokens` to a part of a tile, of as many rows; zeros where there is none."""
+    layout: gl.constexpr = vectors(tiles.shape[2], gl.num_warps())
+    columns = gl.arange(0, tiles.shape[2], layout=gl.SliceLayout(0, layout))
+    at = pointer + (tokens.to(gl.int64)[:, None] * STRIDE + columns[None, :])
+    into = chunk_of(tiles, stage, part, tokens.shape[0])
+    async_copy.async_copy_global_to_shared(into, at, mask=(tokens >= 0)[:, None])
+
+
+@gluon.jit
+def gather_line(line, pointer, places_ptr, tile):
+    """Begin to copy a number of each token in a tile."""
+    tokens = tokens_at(places_ptr, tile, line_of(line.shape[0]), line.shape[0])
+    async_copy.async_copy_global_to_shared(line, pointer + tokens, mask=tokens >= 0)
+
+
+@gluon.jit
+def line_of(size: gl.constexpr):
+    return gl.arange(0, size, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
 
 
 @gluon.jit
@@ -173,7 +187,7 @@ def note_sight(line, bounds_ptr, start, first, length, T, window, WINDOWED: gl.c
     """The first and last place that each row of a block sees, in half of the bits each; the last is before the first if
     none."""
     BITS: gl.constexpr = 8 if line.dtype == gl.int16 else 16
-    place = first + gl.arange(0, line.shape[0], layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    place = first + line_of(line.shape[0])
     low, size = sight_of(bounds_ptr, start, place, place < length, T, window, WINDOWED)
     none = size == 0
     low, last = gl.where(none, 1, low), gl.where(none, 0, low + size.to(gl.int32) - 1)

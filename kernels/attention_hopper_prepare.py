@@ -1,15 +1,17 @@
 """The warps that prepare tiles for `attention_hopper_tile_forward.py` and `_backward.py`: rotary embedding and masks.
 
-A place in a tile that a group fills is a position, so the angles of all such tiles are the same, and the warps that
-turn q and k keep them in registers: fetched for every tile they would be waited for longer than all of the rest takes.
-What these warps write is taken away by the copy engine. Their fences wait for whatever they have under way in global
-memory, so they begin nothing there themselves.
+How q and k are turned against each other is all that scores know of rotary embedding. So the rows of a tile are turned
+by the angles of their places in it, as if one sequence filled it, and these are the same for all tiles: the warps that
+turn them keep them in registers. Fetched for every tile they would be waited for longer than all of the rest takes.
+Of tables of which this is not true, as `tile_angles` tells, the angles of each row's position are fetched.
+
+What these warps write is taken away by the copy engine, or by others. Their fences wait for whatever they have under
+way in global memory, so they begin little there themselves.
 
 Symbols in comments: T tokens of the batch, H heads, D head size.
 """
 
-from .attention_hopper_parts import angles_of, half_rows, join, turn, whole_rows
-from .attention_parts import group_at, sight_of
+from .attention_hopper_parts import half_rows, join, line_of, notes_at, turn, whole_rows
 from .language import fence_async_shared, gl, gluon, mbarrier
 from .tiles import chunk_of, split
 
@@ -46,15 +48,23 @@ def _unpack(both):
 
 
 @gluon.jit
-def _keep(angles_ptr, TILE: gl.constexpr, D: gl.constexpr, layout: gl.constexpr):
-    """The angles of each part of a tile, as tall as `layout`."""
-    ROWS: gl.constexpr = layout.shape[0]
-    place = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+def _angles_at(angles_ptr, position, D: gl.constexpr, layout: gl.constexpr):
     columns = gl.arange(0, D // 2, layout=gl.SliceLayout(0, layout))
+    at = angles_ptr + (position[:, None] * D + columns[None, :])
+    return _pack(gl.load(at), gl.load(at + D // 2))
+
+
+@gluon.jit
+def _rows_of(part, layout: gl.constexpr):
+    return part * layout.shape[0] + gl.arange(0, layout.shape[0], layout=gl.SliceLayout(1, layout))
+
+
+@gluon.jit
+def _keep(angles_ptr, TILE: gl.constexpr, D: gl.constexpr, layout: gl.constexpr):
+    """The angles of the places in a tile, in parts as tall as `layout`."""
     kept = ()
-    for part in gl.static_range(TILE // ROWS):
-        at = angles_ptr + ((part * ROWS + place)[:, None] * D + columns[None, :])
-        kept = kept + (_pack(gl.load(at), gl.load(at + D // 2)),)
+    for part in gl.static_range(TILE // layout.shape[0]):
+        kept = kept + (_angles_at(angles_ptr, _rows_of(part, layout), D, layout),)
     return kept
 
 
@@ -109,85 +119,75 @@ def _turn_tiles(q_tiles, k_tiles, stage, kept, whole: gl.constexpr, half: gl.con
 
 
 @gluon.jit
-def _turn_full(angles_ptr, q_tiles, k_tiles, barriers, turns, BACKWARD: gl.constexpr):
-    """Turns q and k of every tile; backward also the gradients that take their places, back."""
-    full, _, ready, done, back = barriers
+def _turn_by_position(
+    q_tiles, k_tiles, stage, angles_ptr, places_ptr, slots, tile,
+    whole: gl.constexpr, half: gl.constexpr, BACK: gl.constexpr,
+):  # fmt: skip
+    """The same by angles that are fetched."""
+    TILE: gl.constexpr = q_tiles.shape[1]
+    for part in gl.static_range(TILE // whole.shape[0]):
+        position = notes_at(places_ptr, slots, tile, _rows_of(part, half), TILE) >> 16
+        kept = _angles_at(angles_ptr, position, q_tiles.shape[2], half)
+        _turn_part(q_tiles, stage, part, kept, whole, half, BACK)
+        _turn_part(k_tiles, stage, part, kept, whole, half, BACK)
+
+
+@gluon.jit
+def _prepare(
+    places_ptr, angles_ptr, tiles, sights, barriers, turns, slots,
+    H: gl.constexpr, BACKWARD: gl.constexpr, BY_POSITION: gl.constexpr,
+):  # fmt: skip
+    q_tiles, k_tiles = tiles[0], tiles[1]
+    full, rest, ready, done = barriers
+    MASKED: gl.constexpr = places_ptr is not None
+    TURNS: gl.constexpr = angles_ptr is not None
+    RETURNS: gl.constexpr = TURNS and BACKWARD
     STAGES: gl.constexpr = q_tiles.shape[0]
     TILE: gl.constexpr = q_tiles.shape[1]
     D: gl.constexpr = q_tiles.shape[2]
     whole: gl.constexpr = _taller(whole_rows(D, gl.num_warps()), PART)
     half: gl.constexpr = _taller(half_rows(D, gl.num_warps()), PART)
-    kept = _keep(angles_ptr, TILE, D, half)
-    for i in range(turns + BACKWARD):
+    program, programs = gl.program_id(0), gl.num_programs(0)
+    if TURNS and not BY_POSITION:
+        kept = _keep(angles_ptr, TILE, D, half)
+    for i in range(turns + RETURNS):
         if i < turns:
-            stage = i % STAGES
+            stage, tile = i % STAGES, (program + i * programs) // H
+            if MASKED:
+                note = notes_at(places_ptr, slots, tile, line_of(TILE), TILE)
             mbarrier.wait(full.index(stage), (i // STAGES) & 1)
-            _turn_tiles(q_tiles, k_tiles, stage, kept, whole, half, False)
+            if MASKED:
+                sights.index(stage).store(note.to(gl.int16))
+            if BY_POSITION:
+                _turn_by_position(q_tiles, k_tiles, stage, angles_ptr, places_ptr, slots, tile, whole, half, False)
+            elif TURNS:
+                _turn_tiles(q_tiles, k_tiles, stage, kept, whole, half, False)
+            if not MASKED:
+                mbarrier.wait(rest.index(stage), (i // STAGES) & 1)
             fence_async_shared()
             mbarrier.arrive(ready.index(stage), count=1)
-        if BACKWARD:  # known when compiling, unlike i  # noqa: SIM102
+        if RETURNS:  # known when compiling, unlike i  # noqa: SIM102
             if i > 0:
-                stage = (i - 1) % STAGES
+                stage, tile = (i - 1) % STAGES, (program + (i - 1) * programs) // H
                 mbarrier.wait(done.index(stage), ((i - 1) // STAGES) & 1)
-                _turn_tiles(q_tiles, k_tiles, stage, kept, whole, half, True)
+                if BY_POSITION:
+                    _turn_by_position(q_tiles, k_tiles, stage, angles_ptr, places_ptr, slots, tile, whole, half, True)
+                else:
+                    _turn_tiles(q_tiles, k_tiles, stage, kept, whole, half, True)
                 fence_async_shared()
-                mbarrier.arrive(back.index(stage), count=1)
-
-
-@gluon.jit
-def _prepare_masked(
-    groups_ptr, bounds_ptr, angles_ptr, tiles, notes, barriers, turns, T, window,
-    H: gl.constexpr, WINDOWED: gl.constexpr,
-):  # fmt: skip
-    """For tiles with a mask: notes the sight of each row, its first place in the low byte and how many in the high one,
-    and its position in its sequence; turns q and k."""
-    q_tiles, k_tiles = tiles[0], tiles[1]
-    sights, positions = notes
-    full, _, ready, _, _ = barriers
-    WARPS: gl.constexpr = gl.num_warps()
-    STAGES: gl.constexpr = q_tiles.shape[0]
-    TILE: gl.constexpr = q_tiles.shape[1]
-    D: gl.constexpr = q_tiles.shape[2]
-    whole: gl.constexpr = whole_rows(D, WARPS)
-    half: gl.constexpr = half_rows(D, WARPS)
-    CHUNK: gl.constexpr = whole.shape[0]
-    place = gl.arange(0, TILE, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
-    columns = gl.arange(0, D // 2, layout=gl.SliceLayout(0, half))
-    program, programs = gl.program_id(0), gl.num_programs(0)
-    for i in range(turns):
-        stage = i % STAGES
-        start, length = group_at(groups_ptr, (program + i * programs) // H, TILE)
-        valid = place < length
-        low, size = sight_of(bounds_ptr, start, place, valid, T, window, WINDOWED)
-        first = gl.load(bounds_ptr + start + place, mask=valid, other=0) - start
-        mbarrier.wait(full.index(stage), (i // STAGES) & 1)
-        sights.index(stage).store((low | (size.to(gl.int32) << 8)).to(gl.int16))
-        if angles_ptr is not None:
-            positions.index(stage).store(gl.where(valid, place - first, 0).to(gl.int8))
-            cos, sin = angles_of(angles_ptr, positions, stage, 0, columns, D, CHUNK, half)
-            for chunk in range(TILE // CHUNK):
-                cos32, sin32 = cos.to(gl.float32), sin.to(gl.float32)
-                # Those of the next chunk, long before they are used.
-                following = (chunk + 1) % (TILE // CHUNK)
-                cos, sin = angles_of(angles_ptr, positions, stage, following, columns, D, CHUNK, half)
-                q, k = chunk_of(q_tiles, stage, chunk, CHUNK), chunk_of(k_tiles, stage, chunk, CHUNK)
-                q1, q2 = split(q.load(whole), half)
-                k1, k2 = split(k.load(whole), half)
-                q1, q2 = turn(q1, q2, cos32, sin32)
-                k1, k2 = turn(k1, k2, cos32, sin32)
-                q.store(join(q1, q2, whole))
-                k.store(join(k1, k2, whole))
-        fence_async_shared()
-        mbarrier.arrive(ready.index(stage), count=1)
+                mbarrier.arrive(ready.index(stage), count=1)
 
 
 @gluon.jit
 def prepare(
-    groups_ptr, bounds_ptr, angles_ptr, tiles, notes, barriers, turns, T, window,
-    H: gl.constexpr, WINDOWED: gl.constexpr, BACKWARD: gl.constexpr,
+    places_ptr, angles_ptr, tiles, sights, barriers, turns, slots, H: gl.constexpr, BACKWARD: gl.constexpr,
 ):  # fmt: skip
-    """Makes every tile ready for the multipliers; where neither groups nor angles are given, none need it."""
-    if groups_ptr is None:
-        _turn_full(angles_ptr, tiles[0], tiles[1], barriers, turns, BACKWARD)
+    """Makes every tile ready for the multipliers: notes what each row sees, the first place in the low byte and how
+    many in the high one, and turns q and k. Backward it also turns back the gradients that take their places."""
+    if places_ptr is not None and angles_ptr is not None:  # known when compiling, unlike what angles there are
+        if gl.load(angles_ptr + tiles[0].shape[1] * tiles[0].shape[2]) == 0:
+            _prepare(places_ptr, angles_ptr, tiles, sights, barriers, turns, slots, H, BACKWARD, True)
+        else:
+            _prepare(places_ptr, angles_ptr, tiles, sights, barriers, turns, slots, H, BACKWARD, False)
     else:
-        _prepare_masked(groups_ptr, bounds_ptr, angles_ptr, tiles, notes, barriers, turns, T, window, H, WINDOWED)
+        _prepare(places_ptr, angles_ptr, tiles, sights, barriers, turns, slots, H, BACKWARD, False)

@@ -1,4 +1,4 @@
-"""The forward kernel of `attention.py` for groups of up to 128 tokens on cards of compute capability 9.0, in Gluon;
+"""The forward kernel of `attention.py` for tiles of 128 tokens on cards of compute capability 9.0, in Gluon;
 `attention_hopper_tile_backward.py` has the other.
 
 A tile is computed as in `attention_kernels.py`. But there the warps of a program do one thing after the other: they
@@ -12,15 +12,16 @@ With neither angles nor masks there is nothing to prepare. Each step hands a sta
 (`full`, `ready`, `done`), which is waited for by the parity of how often the ring has gone round. The multiplier keeps
 the accumulators of two products at once, so it has most of the registers.
 
-Where groups fill their tiles, what rotary embedding needs is the same for all of them (`attention_hopper_prepare.py`):
-q and k are turned while v and dout (`rest`) are still on their way, and the preparer turns dq and dk back (`back`).
+A tile is one sequence as long, or holds several that `pack_sequences` found for it: then the mover gathers the rows of
+their tokens, and each row has a mask. Where a tile is one sequence, q and k are turned while v and dout (`rest`) are
+still on their way. Backward, the preparer turns dq and dk back and completes `ready` a second time.
 
 Symbols in comments: T tokens of the batch, H heads, D head size.
 """
 
-from .attention_hopper_parts import fetch_rows, make_barriers, seen_of, store_rows
+from .attention_hopper_parts import fetch_rows, gather_rows, make_barriers, seen_of, store_rows, tokens_at, turns_of
 from .attention_hopper_prepare import prepare
-from .attention_parts import generator_of, group_at, is_kept
+from .attention_parts import generator_of, is_kept
 from .language import async_copy, fence_async_shared, gl, gluon, mbarrier, warpgroup_mma
 from .tiles import vectors
 
@@ -28,10 +29,13 @@ LOG2_E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.jit
-def _move_forward(qkv_ptr, groups_ptr, out_ptr, tiles, barriers, turns, H: gl.constexpr, TURNS: gl.constexpr):
+def _move_forward(
+    data, places_ptr, tiles, lse_lines, barriers, turns, T, slots, H: gl.constexpr, APART: gl.constexpr,
+):  # fmt: skip
+    qkv_ptr, out_ptr, lse_ptr = data
     q_tiles, k_tiles, v_tiles = tiles
-    full, rest, _, done, _ = barriers
-    MASKED: gl.constexpr = groups_ptr is not None
+    full, rest, _, done = barriers
+    MASKED: gl.constexpr = places_ptr is not None
     STAGES: gl.constexpr = q_tiles.shape[0]
     TILE: gl.constexpr = q_tiles.shape[1]
     D: gl.constexpr = q_tiles.shape[2]
@@ -39,35 +43,46 @@ def _move_forward(qkv_ptr, groups_ptr, out_ptr, tiles, barriers, turns, H: gl.co
     layout: gl.constexpr = vectors(D, gl.num_warps())
     rows = gl.arange(0, TILE, layout=gl.SliceLayout(1, layout))
     columns = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
+    of_line: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    line = gl.arange(0, TILE, layout=of_line)
     program, programs = gl.program_id(0), gl.num_programs(0)
     for i in range(-STAGES, turns):
         stage = (i + STAGES) % STAGES
+        # Asked for before what is waited for, which it will have come in.
+        later = program + (i + STAGES) * programs
+        tokens = tokens_at(places_ptr, gl.minimum(later // H, slots - 1), rows, TILE)
         if i >= 0:
             item = program + i * programs
-            start, length = group_at(groups_ptr, item // H, TILE)
-            at = (start + rows).to(gl.int64)[:, None] * (H * D) + (item % H * D + columns)[None, :]
+            head, tile = item % H, item // H
+            owners, of_lines = tokens_at(places_ptr, tile, rows, TILE), tokens_at(places_ptr, tile, line, TILE)
             mbarrier.wait(done.index(stage), (i // STAGES) & 1)
-            store_rows(out_ptr + at, q_tiles.index(stage).load(layout), rows < length, MASKED)
+            at = out_ptr + (owners.to(gl.int64)[:, None] * (H * D) + (head * D + columns)[None, :])
+            store_rows(at, q_tiles.index(stage).load(layout), owners >= 0, MASKED)
+            lse = lse_ptr + head.to(gl.int64) * T + of_lines
+            gl.store(lse, lse_lines.index(stage).load(of_line), mask=of_lines >= 0)
         if i + STAGES < turns:
-            item = program + (i + STAGES) * programs
-            start, length = group_at(groups_ptr, item // H, TILE)
-            qkv = qkv_ptr + item % H * D
-            fetch_rows(q_tiles.index(stage), qkv, start, length, ROW, MASKED)
-            fetch_rows(k_tiles.index(stage), qkv + H * D, start, length, ROW, MASKED)
-            if TURNS:
-                async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
-            fetch_rows(v_tiles.index(stage), qkv + 2 * H * D, start, length, ROW, MASKED)
+            tile, qkv = later // H, qkv_ptr + later % H * D
+            if MASKED:
+                gather_rows(q_tiles, stage, 0, qkv, tokens, ROW)
+                gather_rows(k_tiles, stage, 0, qkv + H * D, tokens, ROW)
+                gather_rows(v_tiles, stage, 0, qkv + 2 * H * D, tokens, ROW)
+            else:
+                fetch_rows(q_tiles.index(stage), qkv, tile * TILE, TILE, ROW, MASKED)
+                fetch_rows(k_tiles.index(stage), qkv + H * D, tile * TILE, TILE, ROW, MASKED)
+                if APART:
+                    async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
+                fetch_rows(v_tiles.index(stage), qkv + 2 * H * D, tile * TILE, TILE, ROW, MASKED)
             async_copy.mbarrier_arrive(rest.index(stage), increment_count=False)
 
 
 @gluon.jit
 def _multiply_forward(
-    groups_ptr, seed_ptr, lse_ptr, tiles, sights, barriers, turns, T, scale, dropout,
-    H: gl.constexpr, PREPARED: gl.constexpr, TURNS: gl.constexpr,
+    seed_ptr, tiles, notes, barriers, turns, scale, dropout,
+    H: gl.constexpr, MASKED: gl.constexpr, PREPARED: gl.constexpr,
 ):  # fmt: skip
     q_tiles, k_tiles, v_tiles = tiles
-    full, rest, ready, done, _ = barriers
-    MASKED: gl.constexpr = groups_ptr is not None
+    lse_lines, sights = notes
+    full, _, ready, done = barriers
     STAGES: gl.constexpr = q_tiles.shape[0]
     TILE: gl.constexpr = q_tiles.shape[1]
     D: gl.constexpr = q_tiles.shape[2]
@@ -80,7 +95,6 @@ def _multiply_forward(
     for i in range(turns):
         stage = i % STAGES
         item = program + i * programs
-        start, length = group_at(groups_ptr, item // H, TILE)
         q, k, v = q_tiles.index(stage), k_tiles.index(stage), v_tiles.index(stage)
         if PREPARED:
             mbarrier.wait(ready.index(stage), (i // STAGES) & 1)
@@ -94,93 +108,66 @@ def _multiply_forward(
         p = gl.exp2(s * (scale * LOG2_E) - m[:, None])
         total = gl.sum(p, 1)
         if seed_ptr is not None:
-            kept = is_kept(generator_of(seed_ptr, item % H), start, 0, place[:, None], 0, others[None, :], dropout)
+            generator, start = generator_of(seed_ptr, item % H), item // H * TILE
+            kept = is_kept(generator, start, 0, place[:, None], 0, others[None, :], dropout)
             p = gl.where(kept, p, 0.0)
         weights = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, narrow, 2))
-        if TURNS:
-            mbarrier.wait(rest.index(stage), (i // STAGES) & 1)
-            fence_async_shared()
         out = warpgroup_mma(weights, v, gl.zeros([TILE, D], gl.float32, narrow), use_acc=False)
         share = 1.0 / total
         if seed_ptr is not None:
             share /= 1.0 - dropout
         out *= gl.convert_layout(share, gl.SliceLayout(1, narrow))[:, None]
         q.store(out.to(dtype))
+        lse_lines.index(stage).store(m + gl.log2(total))
         mbarrier.arrive(done.index(stage), count=1)
-        lse = lse_ptr + (item % H).to(gl.int64) * T + start + place
-        if MASKED:
-            gl.store(lse, m + gl.log2(total), mask=place < length)
-        else:
-            gl.store(lse, m + gl.log2(total))
 
 
 @gluon.jit
 def forward_tile_hopper(
     qkv_ptr,  # (T, 3, H, D)
-    groups_ptr,  # (1 + groups, 2) or None
-    bounds_ptr,  # (2, T) or None
-    angles_ptr,  # (TILE, D), cos and sin side by side, by position, or None
+    count_ptr,  # (1,) or None
+    places_ptr,  # (2, count, TILE) or None, as `pack_sequences` gives both
+    angles_ptr,  # as `tile_angles` gives it, without places also (TILE, D) of it; or None
     seed_ptr,  # (1,) or None
     out_ptr,  # (T, H, D)
     lse_ptr,  # (H, T): log2 of each row's sum of exponentials
     T,
-    count,  # of groups, where groups_ptr is None
-    window,
+    count,  # of tiles; at the most, where count_ptr tells how many
     scale,
     dropout,
     H: gl.constexpr,
     D: gl.constexpr,
     TILE: gl.constexpr,
     STAGES: gl.constexpr,
-    WINDOWED: gl.constexpr,
     PREPARERS: gl.constexpr,  # warps
     PREPARERS_REGISTERS: gl.constexpr,
     MOVERS: gl.constexpr,
     MOVERS_REGISTERS: gl.constexpr,
 ):
-    PREPARED: gl.constexpr = groups_ptr is not None or angles_ptr is not None
-    TURNS: gl.constexpr = groups_ptr is None and angles_ptr is not None
+    MASKED: gl.constexpr = count_ptr is not None
+    TURNS: gl.constexpr = angles_ptr is not None
+    PREPARED: gl.constexpr = MASKED or TURNS
+    APART: gl.constexpr = TURNS and not MASKED
     dtype: gl.constexpr = qkv_ptr.dtype.element_ty
     rows: gl.constexpr = gl.NVMMASharedLayout(2 * D, 16, 2)
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     q_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], rows)
     k_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], rows)
     v_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], rows)
-    sights, positions = None, None
-    if groups_ptr is not None:
-        sights = gl.allocate_shared_memory(gl.int16, [STAGES, TILE], line)
-        positions = gl.allocate_shared_memory(gl.int8, [STAGES, TILE], line)
-        count = gl.load(groups_ptr)
-    barriers = make_barriers(STAGES, MOVERS, TURNS)
-    program, programs = gl.program_id(0), gl.num_programs(0)
-    turns = (count * H - program + programs - 1) // programs
-    tiles, notes = (q_tiles, k_tiles, v_tiles), (sights, positions)
+    lse_lines = gl.allocate_shared_memory(gl.float32, [STAGES, TILE], line)
+    notes = (lse_lines, None)
+    if MASKED:
+        notes = (lse_lines, gl.allocate_shared_memory(gl.int16, [STAGES, TILE], line))
+    barriers = make_barriers(STAGES, MOVERS, APART)
+    turns = turns_of(count_ptr, count, H)
+    data = (qkv_ptr, out_ptr, lse_ptr)
+    tiles = (q_tiles, k_tiles, v_tiles)
     if PREPARED:
         gl.warp_specialize(
             [
-                (
-                    _multiply_forward,
-                    (
-                        groups_ptr,
-                        seed_ptr,
-                        lse_ptr,
-                        tiles,
-                        sights,
-                        barriers,
-                        turns,
-                        T,
-                        scale,
-                        dropout,
-                        H,
-                        PREPARED,
-                        TURNS,
-                    ),
-                ),
-                (
-                    prepare,
-                    (groups_ptr, bounds_ptr, angles_ptr, tiles, notes, barriers, turns, T, window, H, WINDOWED, False),
-                ),
-                (_move_forward, (qkv_ptr, groups_ptr, out_ptr, tiles, barriers, turns, H, TURNS)),
+                (_multiply_forward, (seed_ptr, tiles, notes, barriers, turns, scale, dropout, H, MASKED, PREPARED)),
+                (prepare, (places_ptr, angles_ptr, tiles, notes[1], barriers, turns, count, H, False)),
+                (_move_forward, (data, places_ptr, tiles, lse_lines, barriers, turns, T, count, H, APART)),
             ],
             [PREPARERS, MOVERS],
             [PREPARERS_REGISTERS, MOVERS_REGISTERS],
@@ -188,25 +175,8 @@ def forward_tile_hopper(
     else:
         gl.warp_specialize(
             [
-                (
-                    _multiply_forward,
-                    (
-                        groups_ptr,
-                        seed_ptr,
-                        lse_ptr,
-                        tiles,
-                        sights,
-                        barriers,
-                        turns,
-                        T,
-                        scale,
-                        dropout,
-                        H,
-                        PREPARED,
-                        TURNS,
-                    ),
-                ),
-                (_move_forward, (qkv_ptr, groups_ptr, out_ptr, tiles, barriers, turns, H, TURNS)),
+                (_multiply_forward, (seed_ptr, tiles, notes, barriers, turns, scale, dropout, H, MASKED, PREPARED)),
+                (_move_forward, (data, places_ptr, tiles, lse_lines, barriers, turns, T, count, H, APART)),
             ],
             [MOVERS],
             [MOVERS_REGISTERS],

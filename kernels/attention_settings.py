@@ -83,9 +83,8 @@ _SMALL_TURNED_MASKED_TILE = Setting(Tuning(4, 2, programs=4), Tuning(4, 1))
 _RING = Setting(Ring(3, 4, 56, 4, 64), Ring(3, 4, 56, 4, 80))
 _DROPPING_RING = Setting(Ring(3, 4, 56, 4, 64), Ring(3, 4, 56, 4, 40))
 _TURNED_RING = Setting(Ring(4, 8, 64, 4, 40), Ring(3, 4, 104, 4, 24))
-_MASKED_RING = Setting(Ring(3, 4, 56, 4, 64), Ring(3, 4, 32, 4, 80))
-_TURNED_MASKED_RING = Setting(Ring(3, 8, 56, 4, 64), Ring(3, 4, 72, 4, 72))
-_TURNED_MASKED_RING_OF_32 = Setting(Ring(3, 4, 72, 4, 64), Ring(3, 4, 72, 4, 72))
+_MASKED_RING = Setting(Ring(4, 4, 40, 4, 72), Ring(3, 4, 24, 4, 96))
+_TURNED_MASKED_RING = Setting(Ring(4, 8, 64, 4, 64), Ring(3, 4, 96, 4, 48))
 _DENSE_BLOCKS = Setting(Tuning(4, 3), Tuning(4, 3), Tuning(4, 3, registers=128, step=32))
 _BLOCKS = Setting(Tuning(4, 3), Tuning(4, 3, step=32), Tuning(4, 4, step=32))
 _RESIDENT_BLOCKS = Setting(Tuning(4, 3), Resident(224))
@@ -105,6 +104,11 @@ def tile_for(head_size: int, longest: int, rotary: bool, dropout: bool, capabili
     return 128 if GLUON_AVAILABLE and head_size <= 64 and longest <= 128 and 90 <= capability < 100 else 0
 
 
+def packs(tile: int, native: bool = True) -> bool:
+    """Whether a tile holds sequences from anywhere in the batch, as `pack_sequences` lays them out, or neighbours."""
+    return tile == 128 and native
+
+
 def block_for(head_size: int, capability: int) -> int:
     """Tokens of which groups are made where there is no tile: as many as go together at the most, and of which a group
     that needs no mask has a multiple. 128 where a kernel for Hopper takes the backward pass."""
@@ -118,11 +122,9 @@ def setting_for(
 ) -> Setting:  # fmt: skip
     """What runs on cards of `capability` for groups of this tile, see `tile_for`. native: on the card itself; the
     interpreter does not know Gluon."""
-    if tile == 128 and native:
-        if masked and rotary:
-            return _TURNED_MASKED_RING if head_size == 64 else _TURNED_MASKED_RING_OF_32
+    if packs(tile, native):
         if masked:
-            return _MASKED_RING
+            return _TURNED_MASKED_RING if rotary else _MASKED_RING
         return _TURNED_RING if rotary else _DROPPING_RING if dropout else _RING
     if tile and rotary and 90 <= capability < 100:
         return _SMALL_TURNED_MASKED_TILE if masked else _SMALL_TURNED_TILE
@@ -149,8 +151,9 @@ def launch_for(
     scalars = (tokens, "i32" if tile else tokens, "i32", "fp32", "fp32")
     constants, size = {"H": heads, "D": head_size}, {"TILE" if tile else "BLOCK": tile or BLOCK}
     if isinstance(tuning, Ring):
+        scalars = (tokens, "i32", "fp32", "fp32")
         kernel = forward_tile_hopper if kernel is forward_tile else backward_tile_hopper
-        constants |= size | {"STAGES": tuning.stages, "WINDOWED": windowed}
+        constants |= size | {"STAGES": tuning.stages}
         constants |= {"PREPARERS": tuning.preparers, "PREPARERS_REGISTERS": tuning.preparers_registers}
         constants |= {"MOVERS": tuning.movers, "MOVERS_REGISTERS": tuning.movers_registers}
         return Launch(kernel, tensors, scalars, constants, num_warps=8)

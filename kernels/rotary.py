@@ -5,8 +5,11 @@
 `token_angles` lays the angles out as the kernels read them, cos and sin side by side in 16 bits: rounding them to
 float16 errs an eighth of what bfloat16 does when q and k are rounded, and as much as float16 itself does. The kernels
 for short sequences turn q and k as they load them, by a table of so few positions that a multiprocessor's cache holds
-it. Where blocks meet many times q and k would be turned as often, so for longer sequences `turn_packed` does it once,
-by angles laid out by token, on a copy that is kept for the backward pass instead of qkv. `turn` is the same with a
+it. `tile_angles` makes that for tiles of several sequences and tells whether angles rise evenly with positions: scores
+know of the angle between q and k alone, so by the places in a tile they are then the same.
+
+Where blocks meet many times q and k would be turned as often, so for longer sequences `turn_packed` does it once, by
+angles laid out by token, on a copy that is kept for the backward pass instead of qkv. `turn` is the same with a
 gradient, in front of attention that others compute.
 
 Source: Su et al., RoFormer, 2104.09864.
@@ -52,6 +55,41 @@ def _angles_kernel(
 
 
 @triton.jit
+def _load_angle(cos_ptr, sin_ptr, row, positions, HALF: tl.constexpr):
+    at = tl.minimum(row, positions - 1)[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    return tl.load(cos_ptr + at).to(tl.float32), tl.load(sin_ptr + at).to(tl.float32)
+
+
+@triton.jit
+def _tile_angles_kernel(
+    cos_ptr,  # (positions, HALF)
+    sin_ptr,  # (positions, HALF)
+    angles_ptr,  # (TILE + 1, 2 HALF)
+    positions,
+    HALF: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """As complex numbers c[p] of positions p, even angles have c[p] c[0] = c[p // 2] c[p - p // 2], and are continued
+    by it past the last."""
+    EVEN: tl.constexpr = 2e-5  # twice what cos and sin in fp32 err by when an angle of 128 was rounded
+    row, column = tl.arange(0, TILE), tl.arange(0, HALF)
+    cos, sin = _load_angle(cos_ptr, sin_ptr, row, positions, HALF)
+    cos1, sin1 = _load_angle(cos_ptr, sin_ptr, row // 2, positions, HALF)
+    cos2, sin2 = _load_angle(cos_ptr, sin_ptr, row - row // 2, positions, HALF)
+    cos0, sin0 = _load_angle(cos_ptr, sin_ptr, row * 0, positions, HALF)
+    size = cos0 * cos0 + sin0 * sin0
+    cos12, sin12 = cos1 * cos2 - sin1 * sin2, sin1 * cos2 + cos1 * sin2
+    even_cos, even_sin = (cos12 * cos0 + sin12 * sin0) / size, (sin12 * cos0 - cos12 * sin0) / size
+    given, allowed = (row < positions)[:, None], EVEN * tl.sqrt(size)
+    even = (tl.abs(cos - even_cos) <= allowed) & (tl.abs(sin - even_sin) <= allowed) | ~given
+    all_even = (positions > TILE // 2) & (tl.min(tl.min(even.to(tl.int32), 1), 0) > 0)
+    at = angles_ptr + row[:, None] * (2 * HALF) + column[None, :]
+    tl.store(at, tl.where(given, cos, even_cos).to(tl.float16))
+    tl.store(at + HALF, tl.where(given, sin, even_sin).to(tl.float16))
+    tl.store(angles_ptr + TILE * 2 * HALF + tl.arange(0, 2 * HALF), all_even.to(tl.float16))
+
+
+@triton.jit
 def _turn_kernel(
     x_ptr,  # (T, 3, H, 2 HALF)
     angles_ptr,  # (T, 2 HALF), or (PERIOD, 2 HALF)
@@ -90,6 +128,12 @@ def _angles_launch(cos_dtype, masked, head_size) -> Launch:
 
 
 @functools.lru_cache
+def _tile_angles_launch(cos_dtype, head_size, tile) -> Launch:
+    constants = {"HALF": head_size // 2, "TILE": tile}
+    return Launch(_tile_angles_kernel, (cos_dtype, cos_dtype, torch.float16), ("i32",), constants, _NUM_WARPS)
+
+
+@functools.lru_cache
 def _turn_launch(dtype, heads, head_size, back) -> Launch:
     half = head_size // 2
     constants = {"H": heads, "HALF": half, "WIDTH": triton.next_power_of_2(half), "ROWS": _ROWS, "BACK": back}
@@ -101,6 +145,8 @@ def _launches(dtype, capability):
     if dtype.itemsize == 2 and capability >= 80:
         yield from (_angles_launch(torch.float32, masked, 64) for masked in (False, True))
         yield from (_turn_launch(dtype, 12, 64, back) for back in (False, True))
+    if dtype.itemsize == 2 and capability == 90:
+        yield _tile_angles_launch(torch.float32, 64, 128)
 
 
 def _token_angles(cos, sin, bounds, tokens):
@@ -124,6 +170,28 @@ def token_angles(cos: torch.Tensor, sin: torch.Tensor, bounds: torch.Tensor | No
     if torch.compiler.is_compiling():
         return _angles_op(cos, sin, bounds, tokens)
     return _token_angles(cos, sin, bounds, tokens)[0]
+
+
+def _tile_angles(cos, sin, tile):
+    cos, sin = contiguous(cos, sin)
+    head_size = 2 * int(cos.shape[1])
+    angles = cos.new_empty((tile + 1, head_size), dtype=torch.float16)
+    _tile_angles_launch(cos.dtype, head_size, tile)(1, cos, sin, angles, cos.shape[0])
+    return (angles,)
+
+
+_tile_angles_op = define("tile_angles", "(Tensor cos, Tensor sin, int tile) -> Tensor", _tile_angles)
+
+
+def tile_angles(cos: torch.Tensor, sin: torch.Tensor, tile: int) -> torch.Tensor:
+    """cos, sin (P, D/2) by position → float16 (tile + 1, D), side by side, for tiles of several sequences.
+
+    Row p has the angles of position p. The last row is 1 where these rise evenly from a position to the next and P is
+    more than half of `tile`, a power of two: then places after P are continued evenly; else 0.
+    """
+    if torch.compiler.is_compiling():
+        return _tile_angles_op(cos, sin, tile)
+    return _tile_angles(cos, sin, tile)[0]
 
 
 def turn_packed(qkv: torch.Tensor, angles: torch.Tensor, back: bool = False) -> torch.Tensor:

@@ -134,7 +134,8 @@ def test_sequences_that_fill_tiles_or_blocks_need_no_masks(path, monkeypatch):
     def group(*_):
         raise AssertionError("grouped")
 
-    monkeypatch.setattr(ATTENTION_FILE, "group_sequences", group)
+    for name in ("group_sequences", "pack_sequences"):
+        monkeypatch.setattr(ATTENTION_FILE, name, group)
     dense = results(varlen_attention, qkv, grad, *arguments)
     with pytest.raises(AssertionError, match="grouped"):
         varlen_attention(qkv, *arguments, window=lengths[0])
@@ -184,6 +185,17 @@ def test_heads_of_every_size_and_number(lengths, heads, head_size, turned):
     assert_as_exact_as_the_reference(lengths, heads, head_size, BF16 if turned else HALF, **tables)
 
 
+@pytest.mark.parametrize(("longest", "head_size"), [(60, 64), (128, 64), (128, 32), (200, 64)])
+@pytest.mark.parametrize("options", [{}, {"window": 9}], ids=["whole", "window"])
+def test_angles_need_not_rise_evenly(longest, head_size, options):
+    """Tables of something else than one angle for each step from a position to the next, as of places in an image."""
+    position = torch.arange(longest)
+    angle = torch.cat((position[:, None] // 16, position[:, None] % 16), dim=1).repeat_interleave(head_size // 4, dim=1)
+    tables = {"cos": angle.cos().to(DEVICE), "sin": angle.sin().to(DEVICE)}
+    lengths = (1, 17, 60, longest, 5, longest // 2)
+    assert_as_exact_as_the_reference(lengths, 2, head_size, BF16, **options, **tables)
+
+
 @pytest.mark.parametrize("head_size", [64, 128])
 @pytest.mark.parametrize("lengths", [(0, 0, 5, 17), (5, 0, 0, 0, 17), (5, 17, 0, 0), (0,) * 30 + (64, 5) + (0,) * 30])
 def test_sequences_without_a_token(lengths, head_size):
@@ -195,7 +207,7 @@ def test_groups_past_their_number_are_not_looked_at(path, monkeypatch):
     lengths = PATHS[path]
     (qkv, grad), arguments = batch(lengths), (boundaries(lengths), max(lengths))
     expected = results(varlen_attention, qkv, grad, *arguments)
-    group_sequences = ATTENTION_FILE.group_sequences
+    group_sequences, pack_sequences = ATTENTION_FILE.group_sequences, ATTENTION_FILE.pack_sequences
 
     def group(*arguments):
         groups, bounds = group_sequences(*arguments)
@@ -205,7 +217,15 @@ def test_groups_past_their_number_are_not_looked_at(path, monkeypatch):
         rest.copy_(torch.tensor((3, 9)))
         return groups, bounds
 
+    def pack(*arguments):
+        count, places = pack_sequences(*arguments)
+        rest = places[:, int(count) :]
+        assert rest.numel()
+        rest.copy_(torch.tensor((3, 1 << 8), device=rest.device)[:, None, None])
+        return count, places
+
     monkeypatch.setattr(ATTENTION_FILE, "group_sequences", group)
+    monkeypatch.setattr(ATTENTION_FILE, "pack_sequences", pack)
     assert same(results(varlen_attention, qkv, grad, *arguments), expected)
 
 

@@ -11,8 +11,8 @@ from gluon_on_cpu import is_kept, run
 from cramfast.kernels import varlen_attention_reference
 from cramfast.kernels.attention_hopper_tile_backward import backward_tile_hopper
 from cramfast.kernels.attention_hopper_tile_forward import forward_tile_hopper
-from cramfast.kernels.rotary import token_angles, turn
-from cramfast.kernels.sequences import group_sequences
+from cramfast.kernels.packing import pack_sequences
+from cramfast.kernels.rotary import tile_angles, turn
 from cramfast.model import rotary_tables
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter for what is not Gluon")
@@ -22,50 +22,73 @@ RING = {"STAGES": 3, "PREPARERS": 4, "PREPARERS_REGISTERS": 64, "MOVERS": 4, "MO
 EQUAL, RAGGED = (128,) * 4, (1, 17, 63, 64, 100, 127, 128, 3, 3, 3, 90, 20)
 
 
-def attention(qkv, dout, lengths, size, programs, window=None, turned=False, dropout=0.0, preparers=4):
+def uneven_tables(size):
+    """Whose angles do not rise evenly from a position to the next."""
+    angle = torch.randn(TILE, size // 2, generator=torch.Generator().manual_seed(0))
+    return angle.cos(), angle.sin()
+
+
+def tables_for(size, uneven):
+    return uneven_tables(size) if uneven else rotary_tables(TILE, size, 10_000.0)
+
+
+def attention(qkv, dout, lengths, size, programs, window=None, turned=False, uneven=False, dropout=0.0, preparers=4):
     """(out, lse, dqkv) by the kernels."""
     total, masked = qkv.shape[0], not (set(lengths) == {TILE} and window is None)
     cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
-    groups = bounds = angles = None
-    count = total // TILE
+    count = places = angles = None
+    tiles = total // TILE
     if masked:
-        groups, bounds = group_sequences(cu_seqlens, total, TILE, TILE)
+        count, places = pack_sequences(cu_seqlens, total, TILE, -1 if window is None else window)
+        tiles = places.shape[1]
     if turned:
-        angles = token_angles(*rotary_tables(TILE, size, 10_000.0), None, TILE)
-    constants = RING | {"H": HEADS, "D": size, "TILE": TILE, "WINDOWED": window is not None, "PREPARERS": preparers}
-    scalars = (total, count, -1 if window is None else window, size**-0.5, dropout)
+        angles = tile_angles(*tables_for(size, uneven), TILE)
+        assert (angles[TILE] == float(not uneven)).all()
+    constants = RING | {"H": HEADS, "D": size, "TILE": TILE, "PREPARERS": preparers}
+    scalars = (total, tiles, size**-0.5, dropout)
     seed = torch.tensor([1]) if dropout else None
     out, lse, dqkv = torch.empty_like(dout), torch.empty(HEADS, total), torch.empty_like(qkv)
     for result in (out, lse, dqkv):
         result.fill_(float("nan"))
-    run(forward_tile_hopper, programs, qkv, groups, bounds, angles, seed, out, lse, *scalars, **constants)
-    run(backward_tile_hopper, programs, dout, qkv, lse, groups, bounds, angles, seed, dqkv, *scalars, **constants)
+    run(forward_tile_hopper, programs, qkv, count, places, angles, seed, out, lse, *scalars, **constants)
+    run(backward_tile_hopper, programs, dout, qkv, lse, count, places, angles, seed, dqkv, *scalars, **constants)
     return out, lse, dqkv
+
+
+def spots(lengths):
+    """Where each token lies: in a tile of so many places, and where there."""
+    total = sum(lengths)
+    if set(lengths) == {TILE}:
+        return torch.arange(total)
+    cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
+    count, places = pack_sequences(cu_seqlens, total, TILE)
+    tokens = places[0, : int(count)].flatten()
+    return torch.empty(total, dtype=torch.int64).index_put_(
+        (tokens[tokens >= 0].long(),), (tokens >= 0).nonzero()[:, 0]
+    )
 
 
 def with_dropout(qkv, lengths, window, dropout):
     """(out, lse) in the dtype of qkv (T, 3, H, D), whose q and k are turned, with the weights that the stand-in for
     Gluon keeps; lse as the kernels have it."""
-    outs, lses, first = [], [], 0
-    for part in qkv.split(lengths):
-        token = first + torch.arange(len(part))
+    outs, lses = [], []
+    for part, spot in zip(qkv.split(lengths), spots(lengths).split(lengths), strict=True):
         q, k, v = part.permute(1, 2, 0, 3)
         scores = q @ k.mT * q.shape[-1] ** -0.5
         if window is not None:
-            scores = scores.where((token[:, None] - token[None, :]).abs() <= window, float("-inf"))
-        kept = [is_kept(head, 0, 0, token[:, None], 0, token[None, :], dropout) for head in range(HEADS)]
+            scores = scores.where((spot[:, None] - spot[None, :]).abs() <= window, float("-inf"))
+        kept = [is_kept(head, 0, 0, spot[:, None], 0, spot[None, :], dropout) for head in range(HEADS)]
         weights = scores.softmax(-1) * torch.stack(kept) / (1 - dropout)
         outs.append((weights.to(qkv.dtype) @ v).transpose(0, 1))
         lses.append(scores.logsumexp(-1) / math.log(2))
-        first += len(part)
     return torch.cat(outs), torch.cat(lses, dim=1)
 
 
-def by_reference(qkv, dout, lengths, size, dtype, window=None, turned=False, dropout=0.0):
+def by_reference(qkv, dout, lengths, size, dtype, window=None, turned=False, uneven=False, dropout=0.0):
     leaf = qkv.detach().to(dtype).requires_grad_()
     cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
     wide = torch.promote_types(dtype, torch.float32)
-    cos, sin = (table.to(wide) for table in rotary_tables(max(lengths), size, 10_000.0))
+    cos, sin = (table[: max(lengths)].to(wide) for table in tables_for(size, uneven))
     if dropout:
         out, _ = with_dropout(turn(leaf, cu_seqlens, cos, sin) if turned else leaf, lengths, window, dropout)
     else:
@@ -85,6 +108,8 @@ def by_reference(qkv, dout, lengths, size, dtype, window=None, turned=False, dro
         pytest.param(RAGGED, 64, {}, id="ragged"),
         pytest.param(RAGGED, 64, {"turned": True}, id="ragged, rotary"),
         pytest.param(RAGGED, 32, {"turned": True, "window": 20}, id="ragged, rotary, window, heads of 32"),
+        pytest.param(RAGGED, 64, {"turned": True, "uneven": True}, id="ragged, uneven angles"),
+        pytest.param(RAGGED, 32, {"turned": True, "uneven": True, "window": 9}, id="ragged, uneven angles, window"),
         pytest.param(EQUAL, 64, {"window": 0}, id="a window of the token alone"),
         pytest.param((5,), 64, {"turned": True}, id="five tokens"),
     ],
@@ -127,10 +152,11 @@ def test_both_passes_leave_out_the_same_weights(lengths):
         assert (found - expected).norm() <= 2 * (torchs - expected).norm()
 
 
-def test_a_sequence_that_is_no_number_leaves_other_groups_alone():
+def test_a_sequence_that_is_no_number_leaves_other_tiles_alone():
     qkv, dout = torch.randn(256, 3, HEADS, 64).bfloat16(), torch.randn(256, HEADS, 64).bfloat16()
     lengths = (100, 128, 28)
-    qkv[:100] = float("nan")
+    qkv[100:228] = float("nan")
     out, lse, dqkv = attention(qkv, dout, lengths, 64, programs=2, turned=True)
-    for result in (out[100:], lse[:, 100:], dqkv[100:]):
+    others = torch.tensor([True, False, True]).repeat_interleave(torch.tensor(lengths))
+    for result in (out[others], lse[:, others], dqkv[others]):
         assert result.isfinite().all()

@@ -3,6 +3,7 @@
 Shapes: T tokens, H heads, D head size.
 """
 
+import functools
 import gc
 
 import pytest
@@ -205,14 +206,15 @@ def test_memory_is_taken_for_results_alone(path, monkeypatch):
     lengths = FULL[path]
     (qkv, grad), arguments = batch(lengths, HEADS), (boundaries(lengths), max(lengths))
     results(varlen_attention, qkv, grad, *arguments)
-    of_groups, group_sequences = [0], file.group_sequences
+    of_groups = [0]
 
-    def counted(*arguments):
-        tensors = group_sequences(*arguments)
+    def counted(function, *arguments):
+        tensors = function(*arguments)
         of_groups.append(sum(x.nbytes for x in tensors))
         return tensors
 
-    monkeypatch.setattr(file, "group_sequences", counted)
+    for name in ("group_sequences", "pack_sequences"):
+        monkeypatch.setattr(file, name, functools.partial(counted, getattr(file, name)))
     qkv.requires_grad_()
     out, forward = requested(lambda: varlen_attention(qkv, *arguments))
     of_rows = 4 * HEADS * len(qkv)  # a number in fp32 for each row and head: lse, or delta

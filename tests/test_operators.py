@@ -485,10 +485,13 @@ def attention_calls():
     qkv, dout = randn(12, 3, 2, 32, dtype=torch.float16), randn(12, 2, 32, seed=1, dtype=torch.float16)
     cu_seqlens = torch.tensor([0, 5, 12], dtype=torch.int32, device=DEVICE)
     yield "group_sequences", (cu_seqlens, 12, 7, 64)
+    for window in (-1, 3):
+        yield "pack_sequences", (cu_seqlens, 12, 64, window)
     groups, bounds = torch.ops.cramfast.group_sequences(cu_seqlens, 12, 7, 64)
     cos, sin = randn(7, 16), randn(7, 16, seed=1)
     yield "token_angles", (cos, sin, bounds, 12)
     yield "token_angles", (cos, sin, None, 7)
+    yield "tile_angles", (cos, sin, 64)
     for back in (False, True):
         yield "turn_packed", (qkv, torch.ops.cramfast.token_angles(cos, sin, bounds, 12), back)
     seed = torch.tensor([7], device=DEVICE)
@@ -505,7 +508,8 @@ def attention_calls():
 
 # What of an operator's arguments has a gradient, where that is not every floating one.
 DIFFERENTIABLE = {"varlen_attention": 1, "turn_packed": 1}
-DIFFERENTIABLE |= dict.fromkeys(("group_sequences", "token_angles", "mlm_scores", "orthogonalise"), 0)
+DIFFERENTIABLE |= dict.fromkeys(("group_sequences", "pack_sequences", "token_angles", "tile_angles"), 0)
+DIFFERENTIABLE |= dict.fromkeys(("mlm_scores", "orthogonalise"), 0)
 
 
 @pytest.mark.parametrize("name", REGISTERED)

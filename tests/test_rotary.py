@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from cramfast.kernels import Launch
-from cramfast.kernels.rotary import rotate, turn
+from cramfast.kernels.rotary import rotate, tile_angles, turn
 from cramfast.kernels.sequences import sequence_positions
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -107,3 +107,44 @@ def test_twenty_times_the_same():
     first = results(turn, qkv, qkv, ends, *angles)
     for _ in range(19):
         assert all(map(torch.equal, first, results(turn, qkv, qkv, ends, *angles)))
+
+
+TILE = 128
+
+
+@DTYPES
+@pytest.mark.parametrize("head_size", [32, 64])
+@pytest.mark.parametrize("size", [1.0, 1.3])
+def test_even_angles_are_known_as_such_and_continued(head_size, size, dtype):
+    whole = [size * table for table in tables(TILE, head_size)]
+    for positions in (TILE // 2 + 1, 100, TILE, TILE + 40):
+        cos, sin = (size * table for table in tables(positions, head_size))
+        angles = tile_angles(cos, sin, TILE)
+        assert angles.dtype == torch.float16 and angles.shape == (TILE + 1, head_size)
+        assert (angles[TILE] == 1).all()
+        rows = min(positions, TILE)
+        assert torch.equal(angles[:rows], torch.cat((cos, sin), dim=1)[:rows].half())
+        # Half a unit of float16 for rounding, half for what continues past the last.
+        assert (angles[:TILE].float() - torch.cat(whole, dim=1)).abs().max() <= size * 2**-11
+    coarse = tile_angles(*(table.to(dtype) for table in whole), TILE)
+    assert torch.equal(coarse[:TILE], torch.cat([table.to(dtype) for table in whole], dim=1).half())
+    assert (coarse[TILE] == 0).all()  # rounded too much to be told from others
+
+
+def test_other_angles_are_told_apart():
+    cos, sin = tables(TILE, 64)
+    phase = torch.linspace(0, 3, 32, device=DEVICE)
+    shifted = cos * phase.cos() - sin * phase.sin(), sin * phase.cos() + cos * phase.sin()
+    assert (tile_angles(*shifted, TILE)[TILE] == 1).all()
+    one_off, other = cos.clone(), sin.clone()
+    one_off[77, 3] += 1e-3
+    other[1, 31] = float("nan")
+    by_column = torch.arange(TILE, device=DEVICE)[:, None] // 16 * torch.linspace(0, 1, 32, device=DEVICE)
+    for uneven in (
+        (one_off, sin),
+        (cos, other),
+        (by_column.cos(), by_column.sin()),
+        (0 * cos, 0 * sin),
+        tables(TILE // 2, 64),  # too few to continue
+    ):
+        assert (tile_angles(*uneven, TILE)[TILE] == 0).all()

@@ -51,6 +51,7 @@ _FILES = {
     "mlm_loss_product": (Kind.MATMUL, Kind.MATMUL),
     "muon": (Kind.OPTIMIZER, Kind.OPTIMIZER),
     "orthogonalise": (Kind.OPTIMIZER, Kind.OPTIMIZER),
+    "packing": (Kind.ATTENTION_FORWARD, Kind.ATTENTION_BACKWARD),
     "rotary": (Kind.ATTENTION_FORWARD, Kind.ATTENTION_BACKWARD),
     "select_rows": (Kind.COPY, Kind.COPY),
     "sequences": (Kind.ATTENTION_FORWARD, Kind.ATTENTION_BACKWARD),

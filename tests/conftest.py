@@ -1,6 +1,7 @@
-"""Fixtures for every test."""
+"""Which tests run, and fixtures for every test."""
 
 import importlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +25,50 @@ if not NATIVE:
     EMBED_FILE._CHUNK, EMBED_FILE._SHARE = 8, 2
     if AVAILABLE:
         importlib.import_module("quick_interpreter").quicken()
+
+_left_out = pytest.StashKey[int]()
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--all",
+        action="store_true",
+        help="run the thorough tests too, which takes twice as long; without it, only where named by -k, or in files",
+    )
+
+
+def pytest_configure(config):
+    config.stash[_left_out] = 0
+
+
+def pytest_collection_modifyitems(config, items):
+    """Take the thorough tests out of `items` that nobody has named."""
+    if config.option.all or config.option.keyword:
+        return
+    named = {Path(argument.partition("::")[0]).name for argument in config.args}
+    if out := {item for item in items if item.get_closest_marker("thorough") and item.path.name not in named}:
+        items[:] = [item for item in items if item not in out]
+        config.hook.pytest_deselected(items=[*out])
+        config.stash[_left_out] = len(out)
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # of a worker of pytest-xdist
+        session.config.workeroutput["left_out"] = session.config.stash[_left_out]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """Each worker collects all tests, and who reports none."""
+    left_out = getattr(node, "workeroutput", {}).get("left_out", 0)
+    node.config.stash[_left_out] = max(left_out, node.config.stash[_left_out])
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if count := config.stash[_left_out]:
+        terminalreporter.write_line(
+            f"left out {count} thorough tests, twice the time with them: --all runs them, -k some"
+        )
 
 
 @pytest.fixture(autouse=True, scope="session")

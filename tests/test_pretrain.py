@@ -34,7 +34,7 @@ from cramfast.train.step import TrainStep
 ROOT = Path(__file__).parents[1]
 # This clone, and wherever else packages come from.
 PYTHONPATH = os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))
-STEPS, FEWER = 120, 24
+STEPS, FEWER = 90, 13
 LENGTH, BATCH = 32, 4
 SETTINGS = {
     "preset": "cramfast-tiny",
@@ -43,10 +43,12 @@ SETTINGS = {
     "max_length": LENGTH,
     "batch_size": BATCH,
     "microbatch_size": BATCH // 2,
+    "optimizer": "adamw",  # on a CPU, Muon takes longer than the rest of an update
     "device": "cpu",
     "evals": 3,
     "log_every": "1steps",
 }
+SHORTER = {"steps": FEWER, "optimizer": "muon"}
 NOUNS = (
     "river",
     "mountain",
@@ -197,9 +199,9 @@ def reference(corpus, cache, tmp_path_factory) -> Reference:
 
 @pytest.fixture(scope="module")
 def shorter(corpus, cache, tmp_path_factory) -> Path:
-    """Of a run as uninterrupted, of fewer steps."""
+    """Of a run as uninterrupted, of fewer steps, by Muon."""
     out = tmp_path_factory.mktemp("shorter") / "run"
-    done = run_process(cache, *flags(corpus, out, steps=FEWER))
+    done = run_process(cache, *flags(corpus, out, **SHORTER))
     assert (done.returncode, done.stderr) == (0, "")
     return out
 
@@ -265,8 +267,8 @@ def test_heldout_text_is_measured_as_often_as_asked(reference):
         assert said in reference.printed
 
 
-def check_closing_words(printed: str, out: Path, cwd: Path = ROOT) -> None:
-    summary = read_json(cwd / out / "summary.json")
+def check_closing_words(printed: str, out: Path) -> None:
+    summary = read_json(out / "summary.json")
     assert f"held-out loss     {summary['heldout_loss']:.4f}" in printed
     assert f"held-out accuracy {summary['heldout_accuracy']:.1%}" in printed
     assert f"unigram entropy   {summary['unigram_entropy']:.4f}" in printed
@@ -309,11 +311,11 @@ def test_other_settings_in_the_same_folder_are_refused(reference, corpus, run_he
 
 def test_how_often_things_are_stored_changes_no_result(shorter, corpus, tmp_path, run_here):
     out = tmp_path / "run"
-    often = flags(corpus, out, steps=FEWER, checkpoint_every="5steps", keep_checkpoints=3, log_every="10steps")
+    often = flags(corpus, out, checkpoint_every="3steps", keep_checkpoints=3, log_every="10steps", **SHORTER)
     assert run_here(*often).code == 0
     assert final_weights(out) == final_weights(shorter)
     assert len(updates(out)) < FEWER
-    assert {path.name for path in out.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (10, 15, 20)}
+    assert {path.name for path in out.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (6, 9, 12)}
 
 
 def test_without_out_the_settings_name_the_folder(corpus, tmp_path, run_here, monkeypatch):
@@ -390,7 +392,7 @@ def test_whole_words_need_pieces_that_continue_one(corpus, tmp_path, run_here):
 )
 def test_recipes_layouts_orders_and_dtypes_train(corpus, tmp_path, run_here, settings):
     out = tmp_path / "run"
-    # In bfloat16 an update of Muon takes seconds on a CPU without instructions for it.
+    # In bfloat16 an update takes seconds on a CPU without instructions for it.
     steps = 3 if "dtype" in settings else 12
     outcome = run_here(*flags(corpus, out, steps=steps, evals=1, **settings))
     assert (outcome.code, outcome.err) == (0, "")
@@ -411,7 +413,7 @@ def test_examples_are_computed_in_the_dtype_of_training(corpus, tmp_path, run_he
 
     monkeypatch.setattr(run_module, "fill_examples", watched)
     for dtype in ("bfloat16", "float32"):
-        short = flags(corpus, tmp_path / dtype, steps=2, evals=1, dtype=dtype, optimizer="adamw")
+        short = flags(corpus, tmp_path / dtype, steps=2, evals=1, dtype=dtype)
         assert run_here(*short).code == 0
         assert len(read_json(tmp_path / dtype / "summary.json")["examples"]) == 3
     assert seen == [torch.bfloat16, torch.float32]
@@ -419,7 +421,7 @@ def test_examples_are_computed_in_the_dtype_of_training(corpus, tmp_path, run_he
 
 def test_the_batch_is_ramped_up(corpus, tmp_path, run_here):
     out = tmp_path / "run"
-    ramped = flags(corpus, out, steps=30, recipe="cramming", batch_size=8, microbatch_size=2, batch_ramp=0.6)
+    ramped = flags(corpus, out, steps=20, recipe="cramming", batch_size=8, microbatch_size=2, batch_ramp=0.6)
     assert run_here(*ramped).code == 0
     batches = [record["batch"] // LENGTH for record in updates(out)]
     assert batches == sorted(batches)
@@ -458,10 +460,10 @@ def test_a_budget_of_flops_ends_with_the_update_that_spends_it(corpus, tmp_path,
     assert summary["flops"] - 1.5 * summary["flops"] / summary["steps"] < 1e10
 
 
-@pytest.mark.parametrize("budget", ["20000tokens", "2e11flops"])
+@pytest.mark.parametrize("budget", ["8000tokens", "8e10flops"])
 def test_a_batch_that_suits_the_budget_is_found(corpus, tmp_path, run_here, budget):
     out = tmp_path / "run"
-    settings = {"batch_size": None, "microbatch_size": None, "evals": 1, "optimizer": "adamw"}
+    settings = {"batch_size": None, "microbatch_size": None, "evals": 1}
     assert run_here(*flags(corpus, out, budget=budget, **settings)).code == 0
     plan = read_json(out / "config.json")["decided"]
     assert {record["batch"] for record in updates(out)} == {plan["unit"] * plan["units"] * LENGTH}
@@ -476,13 +478,6 @@ def test_a_batch_that_is_found_never_exceeds_the_text(tmp_path, run_here, monkey
     settings = {"batch_size": None, "microbatch_size": microbatch_size, "heldout_fraction": 0.2}
     outcome = run_here(*flags(text, tmp_path / "run", budget="4000tokens", **settings))
     assert (outcome.code, outcome.err) == (0, "")
-
-
-def test_the_first_line_typed_works_without_any_text(cache, tmp_path):
-    done = run_process(cache, "--budget", "2s", "--device", "cpu", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    (out,) = (tmp_path / "runs").iterdir()
-    check_closing_words(done.stdout, out.relative_to(tmp_path), tmp_path)
 
 
 # Stopping and going on
@@ -508,7 +503,7 @@ def last_step(out: Path) -> int:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_the_same_command_goes_on(shorter, corpus, cache, tmp_path, run_here, number):
     out = tmp_path / "run"
-    process = start_process(cache, *flags(corpus, out, steps=FEWER))
+    process = start_process(cache, *flags(corpus, out, **SHORTER))
     wait_until(lambda: last_step(out) >= FEWER // 4, process)
     process.send_signal(number)
     printed, errors = process.communicate(timeout=60)
@@ -519,14 +514,14 @@ def test_a_signal_saves_and_the_same_command_goes_on(shorter, corpus, cache, tmp
     stopped_at = last_step(out)
     assert latest_checkpoint(out).name == f"checkpoint-{stopped_at}"
 
-    outcome = run_here(*flags(corpus, out, steps=FEWER))
+    outcome = run_here(*flags(corpus, out, **SHORTER))
     assert (outcome.code, outcome.err) == (0, "")
     assert f"resuming at step {stopped_at}" in outcome.out
     assert final_weights(out) == final_weights(shorter)
     assert losses(out) == losses(shorter)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.thorough)])
 def test_a_signal_while_tokenising_leaves_no_half_written_cache(tmp_path, number):
     text, cache = tmp_path / "large.txt", tmp_path / "cache"
     text.write_text("\n\n".join(map(document, range(20_000))))
@@ -581,9 +576,9 @@ def test_a_run_on_a_gpu_is_the_same_without_graphs_and_with_a_stop(corpus, tmp_p
 def test_a_second_signal_in_the_middle_of_an_update_spoils_nothing(shorter, corpus, tmp_path, run_here, monkeypatch):
     out = tmp_path / "run"
     interrupt(monkeypatch, signal.SIGINT, lambda count: count == FEWER // 2, times=2)
-    outcome = run_here(*flags(corpus, out, steps=FEWER, checkpoint_every="5steps"))
+    outcome = run_here(*flags(corpus, out, checkpoint_every="5steps", **SHORTER))
     assert (outcome.code, outcome.err) == (130, "")
-    assert run_here(*flags(corpus, out, steps=FEWER)).code == 0
+    assert run_here(*flags(corpus, out, **SHORTER)).code == 0
     assert final_weights(out) == final_weights(shorter)
     assert losses(out) == losses(shorter)
 
@@ -632,9 +627,9 @@ def test_a_run_killed_after_its_last_checkpoint_measures_the_heldout_loss_once(
     out = tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr("cramfast.train.run.save_model", lambda *_: 1 / 0)
-        run_here(*flags(corpus, out, steps=FEWER, checkpoint_every=f"{FEWER}steps"))
+        run_here(*flags(corpus, out, checkpoint_every=f"{FEWER}steps", **SHORTER))
     assert latest_checkpoint(out).name == f"checkpoint-{FEWER}"
-    assert run_here(*flags(corpus, out, steps=FEWER)).code == 0
+    assert run_here(*flags(corpus, out, **SHORTER)).code == 0
     assert final_weights(out) == final_weights(shorter)
     assert losses(out) == losses(shorter)
 

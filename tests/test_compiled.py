@@ -29,10 +29,12 @@ SHARED_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 REGISTERS_PER_MULTIPROCESSOR = 65_536
 REGISTERS_PER_THREAD = 255
 DTYPES = {
-    75: (torch.float32, torch.float16),
-    80: (torch.float32, torch.float16, torch.bfloat16),
-    **dict.fromkeys((86, 89, 90, 100, 120), (torch.float32, torch.bfloat16)),
+    90: (torch.bfloat16, torch.float32),
+    80: (torch.float16, torch.bfloat16, torch.float32),
+    75: (torch.float16, torch.float32),
+    **dict.fromkeys((86, 89, 100, 120), (torch.bfloat16, torch.float32)),
 }
+PAIRS = [(card, dtype) for card in DTYPES for dtype in DTYPES[card]]
 # For these cards Triton compiles a kernel to the PTX that it has for another, of which ptxas makes code of its own.
 PTX_OF = {86: 80, 89: 80}
 WORKERS = min(4, os.cpu_count() or 1)
@@ -96,55 +98,56 @@ def use_of(launch: Launch, capability: int, aligned: bool = True) -> Use:
     )
 
 
-Dtypes = tuple[torch.dtype, ...]
-
-
-def earlier(dtype: torch.dtype, capability: int) -> Dtypes:
-    """Those of a card whose tests come before."""
-    return DTYPES[capability][: DTYPES[capability].index(dtype)]
-
-
 @functools.cache
-def catalogue(dtype: torch.dtype, capability: int, beside: Dtypes = ()) -> list[Launch]:
-    """Every kernel that models of this dtype use, each once, but those that models of the dtypes `beside` use too: what
-    works on weights, indices or lengths is the same whatever the activations are."""
-    known = {launch for other in beside for launch in every_launch(other, capability)}
+def catalogue(capability: int, dtype: torch.dtype) -> list[Launch]:
+    """Every kernel that models of this dtype use, each once, but those that models of the card's dtypes before use too:
+    what works on weights, indices or lengths is the same whatever the activations are."""
+    before = DTYPES[capability][: DTYPES[capability].index(dtype)]
+    known = {launch for other in before for launch in every_launch(other, capability)}
     return [launch for launch in dict.fromkeys(every_launch(dtype, capability)) if launch not in known]
 
 
 @functools.cache
-def shortlist(dtype: torch.dtype, capability: int) -> list[Launch]:
-    """For each kernel and number of warps that it has in the catalogue, what takes the most tensors."""
-    found: dict[tuple, Launch] = {}
-    for launch in sorted(catalogue(dtype, capability), key=tensors_of):
-        found[launch.kernel, launch.num_warps] = launch
-    return [*found.values()]
+def chosen(capability: int, dtype: torch.dtype) -> list[Launch]:
+    """Of the catalogue what no pair before has, and a launch of each kernel that the card has not met with another
+    dtype."""
+    place = PAIRS.index((capability, dtype))
+    known = {launch for pair in PAIRS[:place] for launch in catalogue(*pair)}
+    met = {launch.kernel.fn for card, other in PAIRS[:place] if card == capability for launch in catalogue(card, other)}
+    wanted = [launch for launch in widest(capability, dtype) if launch.kernel.fn not in met]
+    return [launch for launch in catalogue(capability, dtype) if launch not in known or launch in wanted]
+
+
+@functools.cache
+def others(capability: int, dtype: torch.dtype) -> list[Launch]:
+    """What `chosen` leaves out."""
+    return [launch for launch in catalogue(capability, dtype) if launch not in chosen(capability, dtype)]
+
+
+@functools.cache
+def widest(capability: int, dtype: torch.dtype) -> list[Launch]:
+    """Of each kernel the launch that takes the most tensors, of the largest model."""
+    return [*{launch.kernel.fn: launch for launch in sorted(catalogue(capability, dtype), key=tensors_of)}.values()]
 
 
 def tensors_of(launch: Launch) -> int:
     return sum(dtype is not None for dtype in launch.pointers)
 
 
-@functools.cache
-def firsts(dtype: torch.dtype, capability: int, beside: Dtypes) -> list[Launch]:
-    """One launch of each kernel."""
-    return [*{launch.kernel: launch for launch in reversed(catalogue(dtype, capability, beside))}.values()]
-
-
 # What the pool runs. A launch goes there as its place in a list, for kernels do not travel.
 
 
-def use_in_catalogue(dtype: torch.dtype, capability: int, beside: Dtypes, place: int) -> Use:
-    return use_of(catalogue(dtype, capability, beside)[place], capability)
+def use_in(listing, capability: int, dtype: torch.dtype, place: int, aligned: bool = True) -> Use:
+    return use_of(listing(capability, dtype)[place], capability, aligned)
 
 
-def use_unaligned(dtype: torch.dtype, capability: int, place: int) -> Use:
-    return use_of(shortlist(dtype, capability)[place], capability, aligned=False)
+def use_unaligned(*where) -> Use:
+    return use_in(*where, aligned=False)
 
 
-def differs(dtype: torch.dtype, capability: int, beside: Dtypes, place: int, other: int | None = None) -> str | None:
+def differs(listing, capability: int, dtype: torch.dtype, place: int, other: int | None = None) -> str | None:
     """The name of the kernel if its PTX for `capability` is not that for the other card."""
-    launch = firsts(dtype, capability, beside)[place]
+    launch = listing(capability, dtype)[place]
     compiled = compile_for(other or PTX_OF[capability], launch)
     same = compile_for(capability, launch).asm["ptx"] == ptx_for(capability, compiled)
     return None if same else launch.kernel.__name__
@@ -185,39 +188,48 @@ def size(listing, *given) -> int:
     return len(listing(*given))
 
 
-def for_each(pool, listing, work, *given) -> list:
+def for_each(pool, work, listing, *given) -> list:
     """What `work` gives for every launch that `listing` gives."""
-    futures = [pool.submit(work, *given, place) for place in range(size(listing, *given))]
+    futures = [pool.submit(work, listing, *given, place) for place in range(size(listing, *given))]
     assert len(futures) == pool.submit(size, listing, *given).result() > 0
     return [future.result() for future in futures]
 
 
-@pytest.mark.parametrize(("capability", "dtype"), [(card, dtype) for card in DTYPES for dtype in DTYPES[card]])
-def test_every_kernel_fits_every_card(pool, capability, dtype):
-    uses = for_each(pool, catalogue, use_in_catalogue, dtype, capability, earlier(dtype, capability))
+def assert_fits(pool, listing, capability, dtype):
+    uses = for_each(pool, use_in, listing, capability, dtype)
     found = [fault for use in uses for fault in use.faults(capability)]
     assert not found, "\n".join(found)
 
 
+@pytest.mark.parametrize(("capability", "dtype"), [pair for pair in PAIRS if chosen(*pair)])
+def test_every_kernel_fits_every_card(pool, capability, dtype):
+    assert_fits(pool, chosen, capability, dtype)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(("capability", "dtype"), [pair for pair in PAIRS if others(*pair)])
+def test_so_does_what_fits_another_card(pool, capability, dtype):
+    assert_fits(pool, others, capability, dtype)
+
+
 def test_every_kernel_takes_tensors_that_start_anywhere(pool):
-    uses = for_each(pool, shortlist, use_unaligned, torch.float16, 86)
+    uses = for_each(pool, use_unaligned, widest, 86, torch.bfloat16)
     # That is rare: it must work, but loads of single elements may cost registers beyond those there are.
     found = [fault for use in uses for fault in use.faults(86) if "spills" not in fault]
     assert not found, "\n".join(found)
 
 
 # What differs from 80 on begins at some capability, so 86 has no more of it than 89.
-@pytest.mark.parametrize("dtype", DTYPES[89])
-def test_these_cards_have_the_same_ptx(pool, dtype):
-    found = for_each(pool, firsts, differs, dtype, 89, earlier(dtype, 89))
+def test_these_cards_have_the_same_ptx(pool):
+    found = for_each(pool, differs, chosen, 89, torch.bfloat16)
     assert not any(found), found
 
 
 def test_a_kernel_that_has_another_ptx_is_found(pool):
-    names = [launch.kernel.__name__ for launch in firsts(torch.float32, 86, ())]
+    names = [launch.kernel.__name__ for launch in widest(86, torch.bfloat16)]
     # It adds integers across a warp, for which cards before 80 have no instruction.
     place = names.index("_mask_kernel")
-    assert pool.submit(differs, torch.float32, 86, (), place, other=75).result() == "_mask_kernel"
+    assert pool.submit(differs, widest, 86, torch.bfloat16, place, other=75).result() == "_mask_kernel"
 
 
 @pytest.mark.usefixtures("triton_kernels")

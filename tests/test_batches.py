@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pairs import parametrize_pairs
 
 from cramfast.data.batches import (
     Batch,
@@ -179,10 +180,7 @@ def by_the_rule(layout: str, stream: TokenStream, tokens: int, length: int, numb
     return found
 
 
-@pytest.mark.parametrize("shards", [1, 3])
-@pytest.mark.parametrize("length", [2, 5, 16])
-@pytest.mark.parametrize("tokens", [2, 3, 16, 17, 1000])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@parametrize_pairs(layout=LAYOUTS, tokens=[2, 3, 16, 17, 1000], length=[2, 5, 16], shards=[1, 3])
 def test_batches_follow_the_rule(layout, tokens, length, shards):
     stream = make_stream(random_lengths(documents=15), shards)
     builder = make_builder(layout, stream, tokens, length)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gluon_on_cpu import run
+from pairs import parametrize_pairs
 from test_linear import assert_as_exact_as, plain_linear
 from test_operators import NATIVE, randn
 
@@ -79,9 +80,7 @@ def assert_right(theirs, ours, exact):
     assert_as_exact_as(*(dict(enumerate(results)) for results in (theirs, ours, exact)), 1)
 
 
-@pytest.mark.parametrize("approximate", ["none", "tanh"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", SIZES)
+@parametrize_pairs(size=SIZES, dtype=DTYPES, approximate=["none", "tanh"])
 def test_forward_is_as_exact_as_torch(size, dtype, approximate):
     x, weight, _, _ = factors(size, dtype)
     ours = geglu_product.product_and_geglu(x, weight, None, approximate)
@@ -89,10 +88,7 @@ def test_forward_is_as_exact_as_torch(size, dtype, approximate):
     assert_right(forward_by_torch(x, weight, approximate), ours, exact)
 
 
-@pytest.mark.parametrize("activation", [False, True])
-@pytest.mark.parametrize("approximate", ["none", "tanh"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", SIZES)
+@parametrize_pairs(size=SIZES, dtype=DTYPES, approximate=["none", "tanh"], activation=[False, True])
 def test_backward_is_as_exact_as_torch(size, dtype, approximate, activation):
     dz, _, weight, u = factors(size, dtype)
     before = u.clone()
@@ -186,10 +182,12 @@ def assert_layer_is_right(inputs, **options):
     assert_as_exact_as(theirs, ours, exact, len(inputs["x"]))
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES])
-@pytest.mark.parametrize("rows", [1, 100, *([5000] if NATIVE else [])])
+@parametrize_pairs(
+    rows=[1, 100, *([5000] if NATIVE else [])],
+    dtype=[torch.float32, *DTYPES],
+    biased=[False, True],
+    recompute=[False, True],
+)
 def test_the_layer_is_as_exact_as_torch(rows, dtype, biased, recompute):
     assert_layer_is_right(block_inputs(rows, dtype, biased=biased), recompute=recompute)
 

@@ -7,6 +7,7 @@ relative L2, for outputs, gradients and what is collected. Shapes: T tokens, I a
 import pytest
 import torch
 import torch.nn.functional as F
+from pairs import parametrize_pairs
 from test_operators import DEVICE, DTYPES, NATIVE, floor, needs_gpu, randn
 
 from cramfast.kernels import add_layer_norm_linear, geglu_linear, linear
@@ -91,12 +92,14 @@ def assert_as_exact_as(theirs: dict, ours: dict, exact: dict, rows: int) -> None
         assert error <= max(allowed, least * true.norm()), f"{name}: {error}, torch {allowed / 2}"
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("replaces", [False, True])
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("operator", OPERATORS)
+@parametrize_pairs(
+    operator=OPERATORS,
+    size=SIZES,
+    dtype=DTYPES,
+    biased=[False, True],
+    replaces=[False, True],
+    recompute=[False, True],
+)
 def test_as_exact_as_torch(operator, size, dtype, biased, replaces, recompute):
     if operator == "linear" and recompute:
         pytest.skip("has nothing to compute again")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pairs import parametrize_pairs
 from test_operators import DEVICE, DTYPES, randn
 
 from cramfast.kernels import embed, mlm_loss
@@ -55,9 +56,7 @@ def near(found: torch.Tensor, right: torch.Tensor, eps: float) -> bool:
     return (found - right).norm() <= eps * right.norm()
 
 
-@pytest.mark.parametrize("replaces", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("operator", OPERATORS)
+@parametrize_pairs(operator=OPERATORS, dtype=DTYPES, replaces=[False, True])
 def test_what_is_collected_is_what_autograd_would_have(operator, dtype, replaces):
     expected, *others = gradients(operator, make_weight(dtype))
     before = randn(VOCABULARY, WIDTH, seed=8)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pairs import parametrize_pairs
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from cramfast.kernels import choose, mask_tokens, mask_tokens_reference
@@ -56,12 +57,10 @@ def test_the_kernel_is_what_runs_here():
     assert {choose("mask_tokens", DEVICE, dtype).backend for dtype in (torch.int32, torch.int64)} == {"triton"}
 
 
-@pytest.mark.parametrize("continues", [None, CONTINUES], ids=["tokens", "words"])
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-@pytest.mark.parametrize(
-    "lengths",
-    [(1,), (63,), (100,), (1000,), MIXED, (0, 0, 3, 0, 70, 1, 0)],
-    ids=lambda lengths: f"{len(lengths)} sequences, {sum(lengths)} tokens",
+@parametrize_pairs(
+    lengths=[(1,), (63,), (100,), (1000,), MIXED, (0, 0, 3, 0, 70, 1, 0)],
+    dtype=[torch.int32, torch.int64],
+    continues=[None, CONTINUES],
 )
 def test_sizes(lengths, dtype, continues):
     ids, cu_seqlens = batch(lengths, dtype=dtype)

@@ -9,6 +9,7 @@ import re
 
 import pytest
 import torch
+from pairs import parametrize_pairs
 from test_operators import DEVICE, DTYPES, NATIVE, evaluate, floating, needs_gpu, randn, widened
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -79,19 +80,20 @@ def assert_as_exact_as_torch(inputs, grad=1.0, **options):
         assert error <= max(allowed, least * true.norm()), f"{error}, torch {allowed / 2}"
 
 
-@pytest.mark.parametrize("memory", MEMORY)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("count", "vocabulary"), [(0, 97), (1, 1000), (63, 97), (63, 1024), (100, 1000), (100, 1100)])
-def test_as_exact_as_torch(small, count, vocabulary, dtype, memory):
+@parametrize_pairs(
+    sizes=[(0, 97), (1, 1000), (63, 97), (63, 1024), (100, 1000), (100, 1100)], dtype=DTYPES, memory=MEMORY
+)
+def test_as_exact_as_torch(small, sizes, dtype, memory):
+    count, vocabulary = sizes
     small(vocabulary, count, dtype)
     assert_as_exact_as_torch(problem(count, vocabulary, dtype), memory=memory)
 
 
-@pytest.mark.parametrize("memory", MEMORY)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("vocabulary", [97, 1100])
-@pytest.mark.parametrize(
-    "options", [{"z_loss": 0.01}, {"label_smoothing": 0.1}, {"z_loss": 1e-3, "label_smoothing": 1.0}]
+@parametrize_pairs(
+    options=[{"z_loss": 0.01}, {"label_smoothing": 0.1}, {"z_loss": 1e-3, "label_smoothing": 1.0}],
+    vocabulary=[97, 1100],
+    dtype=DTYPES,
+    memory=MEMORY,
 )
 def test_options(small, vocabulary, dtype, memory, options):
     small(vocabulary, 63, dtype)
@@ -194,9 +196,9 @@ def test_an_ignore_index_within_the_vocabulary():
     assert_as_exact_as_torch(inputs, ignore_index=3)
 
 
-@pytest.mark.parametrize("memory", MEMORY)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("frozen", [(0,), (1,), (0, 1), (4,), (0, 4), (1, 4)])
+@parametrize_pairs(
+    frozen=[(0,), (1,), (0, 1), (4,), (0, 4), (1, 4)], dtype=[torch.float16, torch.bfloat16], memory=MEMORY
+)
 def test_what_is_frozen_gets_no_gradient(frozen, dtype, memory):
     inputs = problem(20, 97, dtype, bias=True)
     expected = evaluate(mlm_loss, inputs, [torch.tensor(1.0, device=DEVICE)], memory=memory)[1:]
@@ -230,10 +232,9 @@ def test_without_gradients_no_work_is_done_for_them(call, launched, monkeypatch)
     assert len(products) == 1
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("count", "vocabulary"), [(0, 97), (100, 97), (63, 1100)])
-def test_scores(small, count, vocabulary, dtype, bias):
+@parametrize_pairs(sizes=[(0, 97), (100, 97), (63, 1100)], dtype=DTYPES, bias=[True, False])
+def test_scores(small, sizes, dtype, bias):
+    count, vocabulary = sizes
     small(vocabulary, count, dtype)
     inputs = problem(count, vocabulary, dtype, bias=bias)
     exact, correct = mlm_scores_reference(*widened(inputs))

@@ -7,6 +7,7 @@ import importlib
 
 import pytest
 import torch
+from pairs import parametrize_pairs
 from test_mlm_loss import MEMORY, NATIVE, SMALL_EPS, assert_as_exact_as_torch, evaluate, needs_gpu, problem, widened
 from test_operators import DEVICE, randn
 
@@ -48,10 +49,9 @@ def test_other_cards_compute_logits(capability, monkeypatch, launched):
     assert "rows_kernel" in names and "product_kernel" not in names
 
 
-@pytest.mark.parametrize("memory", MEMORY)
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("count", "vocabulary"), [(300, 512), (300, 700), (257, 1000)])
-def test_several_tiles_either_way(count, vocabulary, bias, memory, launched):
+@parametrize_pairs(sizes=[(300, 512), (300, 700), (257, 1000)], bias=[False, True], memory=MEMORY)
+def test_several_tiles_either_way(sizes, bias, memory, launched):
+    count, vocabulary = sizes
     assert_as_exact_as_torch(problem(count, vocabulary, BFLOAT16, bias=bias, width=72), memory=memory)
     names = [name for name, _ in launched]
     assert "product_kernel" in names and "rows_kernel" not in names

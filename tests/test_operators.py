@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import EMBED_FILE
+from pairs import parametrize_pairs
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from cramfast.config import PRESETS
@@ -227,9 +228,7 @@ def test_gelu_of_every_number(dtype):
     assert not wrong.any(), x[wrong]
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["layer_norm", "add_layer_norm", "embed"])
+@parametrize_pairs(name=["layer_norm", "add_layer_norm", "embed"], dtype=DTYPES, bias=[True, False])
 def test_parameters_in_the_dtype_of_the_rows(name, dtype, bias):
     inputs, options = arguments(name, 63, 96, dtype, bias=bias)
     assert_as_exact_as_torch(name, inputs, **options)

@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 from conftest import NATIVE
+from pairs import parametrize_pairs
 from torch import nn
 
 from cramfast.kernels import Nodes, Pass, Tape, add_layer_norm_reference, one_node, tape_serves
@@ -74,10 +75,10 @@ def assert_same(grads, expected):
         torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: name + text)
 
 
-@pytest.mark.parametrize("expanded", [False, True])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(
-    "frozen", [(), ("x",), ("x", "residual"), ("wide", "twice_bias"), ("norm", "norm_bias", "next_norm"), ("narrow",)]
+@parametrize_pairs(
+    frozen=[(), ("x",), ("x", "residual"), ("wide", "twice_bias"), ("norm", "norm_bias", "next_norm"), ("narrow",)],
+    bias=[True, False],
+    expanded=[False, True],
 )
 def test_gradients_are_those_of_a_node_each(frozen, bias, expanded):
     given = tensors(frozen, bias)

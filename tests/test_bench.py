@@ -384,9 +384,9 @@ def test_a_peer_that_is_not_installed_is_missing_by_name():
 # Running it
 
 
-def bench(*words: str, **environment: str) -> subprocess.CompletedProcess:
+def bench(*words: str, python=("-m", "pytest"), **environment: str) -> subprocess.CompletedProcess:
     pytest.importorskip("pytest_benchmark")
-    command = [sys.executable, "-m", "pytest", "bench", "--benchmark-only", "-q", "-p", "no:cacheprovider", *words]
+    command = [sys.executable, *python, "bench", "--benchmark-only", "-q", "-p", "no:cacheprovider", *words]
     fixed = {"CUDA_VISIBLE_DEVICES": "", "CRAMFAST_KERNELS": "reference", "OMP_NUM_THREADS": "1"}
     # In a process that xdist has started, pytest-benchmark takes itself for disabled.
     environment = os.environ | fixed | {"PYTEST_XDIST_WORKER": ""} | environment
@@ -401,22 +401,32 @@ def test_without_a_gpu_the_suite_says_so_in_one_line():
     assert "failed" not in done.stdout and "error" not in done.stdout
 
 
+NAMED = [
+    ((), {"attention", "layer_norm"}),
+    (("--all",), {"attention", "layer_norm", "step", "finetune", "accelerate", "startup"}),
+    (("-k", "test_step.py or gelu"), {"step", "gelu"}),
+    (("bench/test_startup.py",), {"layer_norm", "startup"}),
+]
+# In one process, of which most is to import.
+LIST = """
+import sys
+import pytest
+from test_bench import NAMED
+for words, _ in NAMED:
+    print("listing", flush=True)
+    pytest.main([*sys.argv[1:], "--collect-only", *words])
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("words", "modules"),
-    [
-        ((), {"attention", "layer_norm"}),
-        (("--all",), {"attention", "layer_norm", "step", "finetune", "accelerate", "startup"}),
-        (("-k", "test_step.py or gelu"), {"step", "gelu"}),
-        (("bench/test_startup.py",), {"layer_norm", "startup"}),
-    ],
-)
-def test_what_takes_long_is_measured_if_it_is_named(words, modules):
-    listed = bench("--collect-only", *words).stdout
-    found = {module for module in ("attention", "layer_norm", "gelu", *LONG) if f"bench/test_{module}.py" in listed}
-    assert modules <= found and found.isdisjoint({*LONG} - modules)
-    (left_out,) = [line for line in listed.splitlines() if line.startswith("bench: left out")] or [""]
-    assert all((module in left_out) == (module not in modules and "-k" not in words) for module in LONG)
+def test_what_takes_long_is_measured_if_it_is_named():
+    done = bench(python=("-c", LIST), PYTHONPATH=os.pathsep.join(map(str, (ROOT, ROOT / "tests"))))
+    assert done.returncode == 0, done.stderr
+    for (words, modules), listed in zip(NAMED, done.stdout.split("listing\n")[1:], strict=True):
+        found = {module for module in ("attention", "layer_norm", "gelu", *LONG) if f"bench/test_{module}.py" in listed}
+        assert modules <= found and found.isdisjoint({*LONG} - modules)
+        (left_out,) = [line for line in listed.splitlines() if line.startswith("bench: left out")] or [""]
+        assert all((module in left_out) == (module not in modules and "-k" not in words) for module in LONG)
 
 
 @pytest.mark.slow

@@ -35,9 +35,9 @@ def tokenizer_file(tmp_path_factory):
 
 
 def trained(folder, name, tokenizer_file, **changes):
-    """A `final` of the preset, in four layers unless `changes` say otherwise; returns (folder, model)."""
+    """A `final` of the preset, in two layers unless `changes` say otherwise; returns (folder, model)."""
     size = Tokenizer.from_file(str(tokenizer_file)).get_vocab_size()
-    config = replace(PRESETS[name], **({"vocab_size": size, "num_layers": 4} | changes))
+    config = replace(PRESETS[name], **({"vocab_size": size, "num_layers": 2} | changes))
     model = random_bert(config)
     save_model(folder / name, model, tokenizer_file)
     return folder / name, model
@@ -104,7 +104,7 @@ def test_local_layers_are_exported(tmp_path, tokenizer_file):
     from transformers import AutoConfig
 
     local = {"window": 8, "global_every": 2, "rope_theta": 5e4}
-    final, model = trained(tmp_path, "cramfast-tiny", tokenizer_file, **local)
+    final, model = trained(tmp_path, "cramfast-tiny", tokenizer_file, num_layers=4, **local)
     assert export(final, tmp_path / "out", lambda stage: None).difference <= 1e-4
     assert AutoConfig.from_pretrained(tmp_path / "out").layer_types == ["full_attention", "sliding_attention"] * 2
     assert cramfast.load(tmp_path / "out").config == model.config

@@ -102,9 +102,16 @@ BF16, HALF = torch.bfloat16, torch.float16
         pytest.param(False, 64, HALF, {"turned": True}, id="full, rotary"),
         pytest.param(False, 64, BF16, {"window": 129}, id="full, a window of more than a block"),
         pytest.param(False, 64, HALF, {"window": 0}, id="full, a window of the token alone"),
-        pytest.param(True, 64, HALF, {}, id="ragged"),
+        pytest.param(True, 64, HALF, {}, id="ragged", marks=pytest.mark.thorough),
         pytest.param(True, 64, BF16, {"turned": True}, id="ragged, rotary"),
-        pytest.param(True, 32, HALF, {"turned": True, "window": 20}, id="ragged, rotary, window, heads of 32"),
+        pytest.param(
+            True,
+            32,
+            HALF,
+            {"turned": True, "window": 20},
+            id="ragged, rotary, window, heads of 32",
+            marks=pytest.mark.thorough,
+        ),
         pytest.param(False, 64, HALF, {"dropout": 0.3}, id="full, dropout"),
         pytest.param(True, 64, BF16, {"dropout": 0.1}, id="ragged, dropout"),
         pytest.param(True, 32, BF16, {"dropout": 0.5, "turned": True, "window": 70}, id="ragged, all, heads of 32"),
@@ -129,10 +136,10 @@ def test_so_are_those_of_one_block_and_more(kernel, lengths, size):
 @pytest.mark.parametrize(
     ("ragged", "options"),
     [
-        pytest.param(False, {"turned": True}, id="full, rotary"),
+        pytest.param(False, {"turned": True}, id="full, rotary", marks=pytest.mark.thorough),
         pytest.param(False, {"window": 70, "dropout": 0.1}, id="full, window, dropout"),
         pytest.param(True, {"turned": True, "window": 70}, id="ragged, rotary, window"),
-        pytest.param(True, {"dropout": 0.1}, id="ragged, dropout"),
+        pytest.param(True, {"dropout": 0.1}, id="ragged, dropout", marks=pytest.mark.thorough),
     ],
 )
 def test_who_does_the_work_does_not_matter(kernel, ragged, options):
@@ -146,7 +153,10 @@ def test_who_does_the_work_does_not_matter(kernel, ragged, options):
 
 
 @kernels
-@pytest.mark.parametrize("options", [{}, {"window": 70}], ids=["all", "window"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param({}, id="all", marks=pytest.mark.thorough), pytest.param({"window": 70}, id="window")],
+)
 def test_nobody_relies_on_another_being_fast(kernel, options):
     lengths = (kernel.span, 129, 30)
     qkv, dout = batch(lengths)

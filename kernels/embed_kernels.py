@@ -294,7 +294,9 @@ def _launches(dtype, _capability):
         tables = (index, wide, position, position and wide, scale, wide, wide)
         yield forward_launch(hidden, dtype.itemsize, (*tables, dtype, wide))
         sorted_by_token = (dtype, torch.int16, index, None, *tables[1:], wide, wide, wide, wide, scale)
-        yield from (backward_launch(hidden, dtype.itemsize, sorted_by_token, add) for add in (False, True))
+        yield backward_launch(hidden, dtype.itemsize, sorted_by_token, add=True)
+        if hidden == 768 and scale is None:
+            yield backward_launch(hidden, dtype.itemsize, sorted_by_token)
         if position is not None and scale is None:
             tables = (index, wide, None, wide, None, wide, wide)
             sorted_by_position = (dtype, torch.int16, index, *tables, wide, wide, wide, None, None)

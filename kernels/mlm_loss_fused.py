@@ -224,9 +224,10 @@ def fused_weight_gradient(rows, weight, bias, targets, statistics, limit, factor
 def _launches(dtype, capability):
     if capability not in CAPABILITIES or dtype != torch.bfloat16:
         return
-    for bias in (None, torch.float32):
+    with_bias = (30_522, 768), (32_768, 1024)
+    for bias, sizes in ((None, ((32_768, 768), (50_368, 768), *with_bias)), (torch.float32, with_bias)):
         yield bases_launch(768, dtype, bias)
-        for vocabulary, width in ((32_768, 768), (30_522, 768), (50_368, 768), (32_768, 1024)):
+        for vocabulary, width in sizes:
             yield finish_launch(vocabulary, width, dtype, bias, exponentials=True, scaled=True)
     yield finish_launch(32_768, 768, dtype, None, exponentials=True, scaled=False)
     yield finish_launch(32_768, 768, dtype, None, exponentials=False, scaled=False)

@@ -305,6 +305,7 @@ def _launches(dtype, _capability):
     wide, plain, every = torch.float32, Options(), Options(1e-4, 0.1)
     for vocabulary in (8_192, 32_768, 30_522, 50_368):
         yield rows_launch(vocabulary, dtype, None, plain, gradient=True, statistics=False, best=False)
-        yield rows_launch(vocabulary, dtype, wide, every, gradient=True, statistics=True, best=False)
-        yield rows_launch(vocabulary, dtype, None, plain, gradient=False, statistics=False, best=True)
+        if vocabulary in (30_522, 50_368):  # the one that takes the most registers, and the largest
+            yield rows_launch(vocabulary, dtype, wide, every, gradient=True, statistics=True, best=False)
+            yield rows_launch(vocabulary, dtype, None, plain, gradient=False, statistics=False, best=True)
     yield block_launch(30_522, dtype, wide, every)

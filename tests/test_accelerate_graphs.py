@@ -71,6 +71,8 @@ def replayed(monkeypatch):
             super().replay(key)
 
     monkeypatch.setattr(module, "Graphs", Counted)
+    if not NATIVE:  # whose interpreter computes what shapes are filled with, too
+        monkeypatch.setattr(module, "_LEAST_STEP", 32)
     return counts
 
 
@@ -112,7 +114,7 @@ def assert_same(mine, theirs):
     assert_close(mine[1], theirs[1])
 
 
-BATCHES = [batch_of(*lengths) for lengths in ((9, 20, 4), (20, 20, 20), (3, 5, 20), (30, 30, 30), (1, 2, 1))]
+BATCHES = [batch_of(*lengths) for lengths in ((5, 10, 2), (10, 10, 10), (2, 3, 10), (22, 22, 22), (1, 2, 1))]
 
 
 @pytest.mark.parametrize("name", ["Bert", "DistilBert", "ModernBert"])
@@ -338,7 +340,7 @@ def test_what_is_not_finite_does_no_harm_later():
     kept = weight.detach().clone()
     with torch.no_grad():
         weight.fill_(torch.nan)
-    assert step(model, batch_of(20, 20, 20))[0].isnan()
+    assert step(model, batch_of(10, 10, 10))[0].isnan()
     with torch.no_grad():
         weight.copy_(kept)
     assert_same(step(model, BATCHES[2]), step(plain, BATCHES[2]))

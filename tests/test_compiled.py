@@ -109,13 +109,13 @@ def catalogue(capability: int, dtype: torch.dtype) -> list[Launch]:
 
 @functools.cache
 def chosen(capability: int, dtype: torch.dtype) -> list[Launch]:
-    """Of the catalogue what no pair before has, and a launch of each kernel that the card has not met with another
-    dtype."""
+    """Of the catalogue what no pair before has, be it in the other 16-bit dtype, and a launch of each kernel that the
+    card has not met with another dtype."""
     place = PAIRS.index((capability, dtype))
-    known = {launch for pair in PAIRS[:place] for launch in catalogue(*pair)}
+    known = {in_16_bits(launch) for pair in PAIRS[:place] for launch in catalogue(*pair)}
     met = {launch.kernel.fn for card, other in PAIRS[:place] if card == capability for launch in catalogue(card, other)}
     wanted = [launch for launch in widest(capability, dtype) if launch.kernel.fn not in met]
-    return [launch for launch in catalogue(capability, dtype) if launch not in known or launch in wanted]
+    return [launch for launch in catalogue(capability, dtype) if in_16_bits(launch) not in known or launch in wanted]
 
 
 @functools.cache
@@ -128,6 +128,13 @@ def others(capability: int, dtype: torch.dtype) -> list[Launch]:
 def widest(capability: int, dtype: torch.dtype) -> list[Launch]:
     """Of each kernel the launch that takes the most tensors, of the largest model."""
     return [*{launch.kernel.fn: launch for launch in sorted(catalogue(capability, dtype), key=tensors_of)}.values()]
+
+
+def in_16_bits(launch: Launch) -> tuple:
+    """What tells a launch from all others but those in the other 16-bit dtype."""
+    pointers = [torch.bfloat16 if dtype == torch.float16 else dtype for dtype in launch.pointers]
+    constants = sorted(launch.constants.items())
+    return launch.kernel.fn, *pointers, *launch.scalars, *constants, launch.num_warps, launch.max_registers
 
 
 def tensors_of(launch: Launch) -> int:

@@ -231,7 +231,7 @@ def test_working_copies_are_the_weights_rounded(dtype, tmp_path):
 
 
 @pytest.mark.usefixtures("path")
-@pytest.mark.parametrize("numbers", [(0,), (0, 1)])
+@pytest.mark.parametrize("numbers", [pytest.param((0,), marks=pytest.mark.thorough), (0, 1)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_are_those_of_autograd(family, numbers):
     ours = accumulated(make_step(tiny(family)), numbers)
@@ -270,7 +270,7 @@ def test_what_is_saved_for_the_backward_pass_does_not_show(family):
 
 
 @pytest.mark.usefixtures("path", "bf16_as_on_gpus")
-@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float16, marks=pytest.mark.thorough), torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_saved_in_16_bits_does_not_show_either(family, dtype):
     keep, lean, layers = (

@@ -29,11 +29,14 @@ class ForkedRun:
     def poll(self) -> int | None:
         return self._process.exitcode
 
+    def send_signal(self, number: int) -> None:
+        os.kill(self._process.pid, number)
+
     def kill(self) -> None:
         self._process.kill()
 
-    def communicate(self) -> list[str]:
-        self._process.join()
+    def communicate(self, timeout: float | None = None) -> list[str]:
+        self._process.join(timeout)
         return [path.read_text() if path.exists() else "" for path in self._printed]
 
 

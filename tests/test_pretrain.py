@@ -200,10 +200,11 @@ def reference(corpus, cache, tmp_path_factory) -> Reference:
 @pytest.fixture(scope="module")
 def shorter(corpus, cache, tmp_path_factory) -> Path:
     """Of a run as uninterrupted, of fewer steps, by Muon."""
-    out = tmp_path_factory.mktemp("shorter") / "run"
-    done = run_process(cache, *flags(corpus, out, **SHORTER))
-    assert (done.returncode, done.stderr) == (0, "")
-    return out
+    folder = tmp_path_factory.mktemp("shorter")
+    run = ForkedRun(flags(corpus, folder / "run", **SHORTER), environment(cache), folder)
+    _, errors = run.communicate()
+    assert (run.returncode, errors) == (0, "")
+    return folder / "run"
 
 
 # What a run gives
@@ -282,12 +283,12 @@ def test_a_run_closes_with_the_losses_the_place_and_three_examples(reference):
     check_closing_words(reference.printed, reference.out)
 
 
-def test_the_same_command_says_that_the_run_is_finished(reference, corpus, cache):
+def test_the_same_command_says_that_the_run_is_finished(reference, corpus, run_here):
     before = {path: path.stat().st_mtime_ns for path in reference.out.rglob("*")}
-    done = run_process(cache, *flags(corpus, reference.out))
-    assert done.returncode == 0
-    assert "is finished" in done.stdout
-    check_closing_words(done.stdout, reference.out)
+    outcome = run_here(*flags(corpus, reference.out))
+    assert outcome.code == 0
+    assert "is finished" in outcome.out
+    check_closing_words(outcome.out, reference.out)
     assert {path: path.stat().st_mtime_ns for path in reference.out.rglob("*")} == before
 
 
@@ -390,8 +391,14 @@ def test_whole_words_need_pieces_that_continue_one(corpus, tmp_path, run_here):
     ],
     ids=lambda settings: "-".join(settings.values()),
 )
-def test_recipes_layouts_orders_and_dtypes_train(corpus, tmp_path, run_here, settings):
-    out = tmp_path / "run"
+def test_recipes_layouts_orders_and_dtypes_train(corpus, tmp_path, run_here, monkeypatch, settings):
+    out, seen, fill = tmp_path / "run", [], run_module.fill_examples
+
+    def watched(*arguments):
+        seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+        return fill(*arguments)
+
+    monkeypatch.setattr(run_module, "fill_examples", watched)
     # In bfloat16 an update takes seconds on a CPU without instructions for it.
     steps = 3 if "dtype" in settings else 12
     outcome = run_here(*flags(corpus, out, steps=steps, evals=1, **settings))
@@ -402,21 +409,8 @@ def test_recipes_layouts_orders_and_dtypes_train(corpus, tmp_path, run_here, set
     stored = read_json(out / "config.json")["settings"]
     flat = {**stored, **stored["batches"]}
     assert {name: flat[name] for name in settings} == settings
-
-
-def test_examples_are_computed_in_the_dtype_of_training(corpus, tmp_path, run_here, monkeypatch):
-    seen, fill = [], run_module.fill_examples
-
-    def watched(*arguments):
-        seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
-        return fill(*arguments)
-
-    monkeypatch.setattr(run_module, "fill_examples", watched)
-    for dtype in ("bfloat16", "float32"):
-        short = flags(corpus, tmp_path / dtype, steps=2, evals=1, dtype=dtype)
-        assert run_here(*short).code == 0
-        assert len(read_json(tmp_path / dtype / "summary.json")["examples"]) == 3
-    assert seen == [torch.bfloat16, torch.float32]
+    assert len(read_json(out / "summary.json")["examples"]) == 3
+    assert seen == [torch.bfloat16 if "dtype" in settings else torch.float32]
 
 
 def test_the_batch_is_ramped_up(corpus, tmp_path, run_here):
@@ -503,7 +497,7 @@ def last_step(out: Path) -> int:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_the_same_command_goes_on(shorter, corpus, cache, tmp_path, run_here, number):
     out = tmp_path / "run"
-    process = start_process(cache, *flags(corpus, out, **SHORTER))
+    process = ForkedRun(flags(corpus, out, **SHORTER), environment(cache), tmp_path)
     wait_until(lambda: last_step(out) >= FEWER // 4, process)
     process.send_signal(number)
     printed, errors = process.communicate(timeout=60)
@@ -525,7 +519,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(shorter, corpus, cache, tmp
 def test_a_signal_while_tokenising_leaves_no_half_written_cache(tmp_path, number):
     text, cache = tmp_path / "large.txt", tmp_path / "cache"
     text.write_text("\n\n".join(map(document, range(20_000))))
-    process = start_process(cache, *flags(text, tmp_path / "run"))
+    process = ForkedRun(flags(text, tmp_path / "run"), environment(cache), tmp_path)
     wait_until(lambda: cache.exists() and any(cache.iterdir()), process)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)

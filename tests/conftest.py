@@ -17,7 +17,7 @@ with pytest.MonkeyPatch.context() as patch:
     if not NATIVE:
         patch.setenv("TRITON_INTERPRET", "1")
     EMBED_FILE = importlib.import_module("cramfast.kernels.embed_kernels")
-    from cramfast.kernels import Launch
+    from cramfast.kernels import Launch, embed_reference
     from cramfast.kernels.language import AVAILABLE
 
 if not NATIVE:
@@ -91,6 +91,14 @@ def triton_kernels(monkeypatch):
     monkeypatch.setenv("CRAMFAST_KERNELS", "triton")
     if not NATIVE:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def embed_by_reference(monkeypatch):
+    """Accelerated models embed without a kernel where it would be interpreted, for as long as all layers are: for tests
+    of what the layers do."""
+    if not NATIVE:
+        monkeypatch.setattr("cramfast.accelerated.families.embed", embed_reference)
 
 
 @pytest.fixture

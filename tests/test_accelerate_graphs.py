@@ -19,15 +19,13 @@ from test_accelerate_tape import AMP, DEVICE, assert_close
 from torch.utils.checkpoint import checkpoint
 
 import cramfast
-from cramfast.accelerated import families
 from cramfast.accelerated import graphs as module
 from cramfast.accelerated.batch import Batch
 from cramfast.accelerated.graphs import Replays, Shape, replays_of
-from cramfast.kernels import embed_reference
 
 transformers = pytest.importorskip("transformers")
 pytestmark = [
-    pytest.mark.usefixtures("triton_kernels"),
+    pytest.mark.usefixtures("triton_kernels", "embed_by_reference"),
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning"),
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),  # Triton's interpreter
 ]
@@ -51,13 +49,6 @@ class Imitated:
 
     def forget(self):
         self.work.clear()
-
-
-@pytest.fixture(autouse=True)
-def no_kernel_embeds(monkeypatch):
-    """Embeddings come before the graphs, and the interpreter takes as long for their gradient as for all else."""
-    if not NATIVE:
-        monkeypatch.setattr(families, "embed", embed_reference)
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from cramfast.kernels import Launch, Pass
 
 transformers = pytest.importorskip("transformers")
 pytestmark = [
-    pytest.mark.usefixtures("triton_kernels"),
+    pytest.mark.usefixtures("triton_kernels", "embed_by_reference"),
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning"),
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),  # Triton's interpreter
 ]

@@ -1,5 +1,6 @@
 """Options of the benchmark suite, the fixture that measures, and what happens at the end of a run."""
 
+import contextlib
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -39,11 +40,12 @@ def pytest_addoption(parser):
         "--results", type=Path, default=_HERE / "results", help="folder of the results (default: %(default)s)"
     )
     group.addoption("--revision", help="revision to record where the code does not lie in a git clone")
-    group.addoption(
-        "--all",
-        action="store_true",
-        help=f"measure {', '.join(_LONG)} too, half an hour more; without it, only where named by -k, or as files",
-    )
+    with contextlib.suppress(ValueError):  # which tests/, collected beside this, has too
+        group.addoption(
+            "--all",
+            action="store_true",
+            help=f"measure {', '.join(_LONG)} too, half an hour more; without it, only where named by -k, or as files",
+        )
 
 
 def pytest_configure(config):

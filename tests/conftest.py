@@ -1,5 +1,6 @@
 """Which tests run, and fixtures for every test."""
 
+import contextlib
 import importlib
 from pathlib import Path
 
@@ -30,11 +31,12 @@ _left_out = pytest.StashKey[int]()
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--all",
-        action="store_true",
-        help="run the thorough tests too, which takes twice as long; without it, only where named by -k, or in files",
-    )
+    with contextlib.suppress(ValueError):  # which bench/, collected beside this, has too
+        parser.addoption(
+            "--all",
+            action="store_true",
+            help="run the thorough tests too, twice the time; without it, only where named by -k, or in files",
+        )
 
 
 def pytest_configure(config):

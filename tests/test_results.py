@@ -119,7 +119,6 @@ KNOWN_MISSES = {
     ("layer_norm/fwd+bwd", bars.HOST, "torch-eager"),
     ("add_layer_norm/fwd+bwd", bars.SPEED, "torch-compile"),
     ("varlen_attention/fwd+bwd/all-64", bars.SPEED, "best"),
-    ("varlen_attention/fwd+bwd/all-128-rotary", bars.SPEED, "cramfast"),
     ("varlen_attention/fwd+bwd/ragged-16-128-rotary", bars.SPEED, "cramfast"),
 }
 

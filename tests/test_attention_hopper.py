@@ -28,8 +28,8 @@ def uneven_tables(size):
     return angle.cos(), angle.sin()
 
 
-def tables_for(size, uneven):
-    return uneven_tables(size) if uneven else rotary_tables(TILE, size, 10_000.0)
+def tables_for(size, uneven, positions=TILE):
+    return uneven_tables(size) if uneven else rotary_tables(positions, size, 10_000.0)
 
 
 def attention(qkv, dout, lengths, size, programs, window=None, turned=False, uneven=False, dropout=0.0, preparers=4):
@@ -55,7 +55,7 @@ def attention(qkv, dout, lengths, size, programs, window=None, turned=False, une
     return out, lse, dqkv
 
 
-def spots(lengths):
+def spots_in_tiles(lengths):
     """Where each token lies: in a tile of so many places, and where there."""
     total = sum(lengths)
     if set(lengths) == {TILE}:
@@ -68,11 +68,12 @@ def spots(lengths):
     )
 
 
-def with_dropout(qkv, lengths, window, dropout):
+def with_dropout(qkv, lengths, window, dropout, spots=None):
     """(out, lse) in the dtype of qkv (T, 3, H, D), whose q and k are turned, with the weights that the stand-in for
-    Gluon keeps; lse as the kernels have it."""
+    Gluon keeps; lse as the kernels have it. spots: where tokens lie, if not one after the other."""
     outs, lses = [], []
-    for part, spot in zip(qkv.split(lengths), spots(lengths).split(lengths), strict=True):
+    spots = torch.arange(len(qkv)) if spots is None else spots
+    for part, spot in zip(qkv.split(lengths), spots.split(lengths), strict=True):
         q, k, v = part.permute(1, 2, 0, 3)
         scores = q @ k.mT * q.shape[-1] ** -0.5
         if window is not None:
@@ -84,13 +85,13 @@ def with_dropout(qkv, lengths, window, dropout):
     return torch.cat(outs), torch.cat(lses, dim=1)
 
 
-def by_reference(qkv, dout, lengths, size, dtype, window=None, turned=False, uneven=False, dropout=0.0):
+def by_reference(qkv, dout, lengths, size, dtype, window=None, turned=False, uneven=False, **dropped):
     leaf = qkv.detach().to(dtype).requires_grad_()
     cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
     wide = torch.promote_types(dtype, torch.float32)
-    cos, sin = (table[: max(lengths)].to(wide) for table in tables_for(size, uneven))
-    if dropout:
-        out, _ = with_dropout(turn(leaf, cu_seqlens, cos, sin) if turned else leaf, lengths, window, dropout)
+    cos, sin = (table[: max(lengths)].to(wide) for table in tables_for(size, uneven, max(lengths)))
+    if dropped:
+        out, _ = with_dropout(turn(leaf, cu_seqlens, cos, sin) if turned else leaf, lengths, window, **dropped)
     else:
         tables = {"cos": cos, "sin": sin} if turned else {}
         out = varlen_attention_reference(leaf, cu_seqlens, max(lengths), window=window, **tables)
@@ -146,7 +147,8 @@ def test_both_passes_leave_out_the_same_weights(lengths):
     qkv, dout = torch.randn(sum(lengths), 3, HEADS, 64).bfloat16(), torch.randn(sum(lengths), HEADS, 64).bfloat16()
     out, _, dqkv = attention(qkv, dout, lengths, 64, programs=3, dropout=dropout)
     of_dtype, exact = (
-        by_reference(qkv, dout, lengths, 64, dtype, dropout=dropout) for dtype in (torch.bfloat16, torch.float64)
+        by_reference(qkv, dout, lengths, 64, dtype, dropout=dropout, spots=spots_in_tiles(lengths))
+        for dtype in (torch.bfloat16, torch.float64)
     )
     for found, torchs, expected in zip((out, dqkv), of_dtype, exact, strict=True):
         assert (found - expected).norm() <= 2 * (torchs - expected).norm()

@@ -104,16 +104,16 @@ def _most_groups(total, groups, bounds, longest) -> int:
 def _run(kernel, tuning, tensors, qkv, count, tile, longest, scale, window, dropout):
     """Run `kernel` over `tensors` with a program for each piece of work, or as many as stay on the GPU."""
     total, _, heads, head_size = qkv.shape
-    in_gluon, packed = not isinstance(tuning, Tuning), isinstance(tuning, Ring)
+    in_gluon, in_ring = not isinstance(tuning, Tuning), isinstance(tuning, Ring)
     if in_gluon:
         tensors = tuple(map(aligned, tensors))
     dtypes = tuple(map(dtype_of, tensors))
-    windowed = window >= 0 and not packed  # the places in packed tiles are told what they see
+    windowed = window >= 0 and not in_ring  # whose tables of places have what each of them sees
     launch = launch_for(kernel, tuning, dtypes, int(heads), int(head_size), tile, windowed)
     programs = count * heads * (1 if tile or in_gluon else ceil_div(longest, BLOCK))
     if tuning.programs and qkv.device.type == "cuda":
         programs = min(programs, multiprocessors(qkv.device) * tuning.programs)
-    options = (scale, dropout) if packed else (window, scale, dropout)
+    options = (scale, dropout) if in_ring else (window, scale, dropout)
     launch(programs, *tensors, total, count if tile else longest, *options)
 
 

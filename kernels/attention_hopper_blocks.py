@@ -24,9 +24,9 @@ from .attention_hopper_parts import (
     more_of,
     note_delta,
     note_sight,
-    seen_in,
     share_of,
     store_block,
+    where_seen,
 )
 from .attention_parts import generator_of, group_at, is_kept
 from .language import async_copy, fence_async_shared, gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait
@@ -112,7 +112,7 @@ def _multiply(groups_ptr, seed_ptr, tiles, weights, parts, lines, barriers, T, s
             lse = lse_lines.index(stage).load(of_rows)
             p = gl.exp2(s * (scale * LOG2_E) - lse[:, None])
             if MASKED:
-                p = gl.where(seen_in(sights.index(stage), key * BLOCK, BLOCK, square), p, 0.0)
+                p = where_seen(p, sights.index(stage), key * BLOCK, 0.0, square)
             kept = p
             if seed_ptr is not None:
                 # What is dropped is told by its sign from here on: dS of it is delta alone.

@@ -70,12 +70,14 @@ def turn(x1, x2, cos, sin):
 
 @gluon.jit
 def seen_of(sights, scores: gl.constexpr):
-    """Which places each row sees, from what `prepare` notes, in the layout `scores`."""
+    """Which places of a tile each row sees, from what `prepare` notes, in the layout `scores`. `where_seen` takes fewer
+    instructions, but beside dropout's predicates they take longer."""
     # In eights, as `seen_by_tile` does it: which eight it is, is known when compiling.
     layout: gl.constexpr = eights(gl.num_warps())
     of_rows: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, layout))
     sight = sights.load(of_rows).to(gl.int32)
-    low, size = sight & 0xFF, ((sight >> 8) & 0xFF).to(gl.uint32)
+    low, last = sight & 0xFF, sight >> 8
+    size = (last + 1 - low).to(gl.uint32)
     eight = 8 * gl.arange(0, layout.shape[1], layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))
     rest = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))
     place = (rest[None, None, :] - low[:, None, None]) + eight[None, :, None]
@@ -118,23 +120,41 @@ def turns_of(count_ptr, count, H: gl.constexpr):
     return (count * H - program + programs - 1) // programs
 
 
+@gluon.constexpr_function
+def one_each(size, warps):
+    """Layout of as many numbers as threads, one for each row of `vectors(size, warps)`, in the warp that has it."""
+    in_warp, in_thread = 256 // size, size // 8
+    lanes = [[in_warp * warps << i] for i in range(in_thread.bit_length() - 1)]
+    lanes += [[1 << i] for i in range(in_warp.bit_length() - 1)]
+    of_warps = [[in_warp << i] for i in range(warps.bit_length() - 1)]
+    return gl.DistributedLinearLayout([], lanes, of_warps, [], [32 * warps])
+
+
 @gluon.jit
-def tokens_at(places_ptr, tile, place, TILE: gl.constexpr):
-    """The tokens at `place` in a tile, -1 if there is none; without a table, tiles have as many in a row as places."""
+def tokens_of(places_ptr, slots, item, H: gl.constexpr, TILE: gl.constexpr, layout: gl.constexpr):
+    """The tokens of an item's tile, -1 where there is none; without a table, tiles have as many in a row as places.
+    Items before the first and after the last have those of some tile."""
+    tile, place = gl.maximum(item, 0) // H, gl.arange(0, TILE, layout=layout)
     if places_ptr is None:
         return tile * TILE + place
     else:
-        return gl.load(places_ptr + (tile * TILE + place))
+        return gl.load(places_ptr + (gl.minimum(tile, slots - 1) * TILE + place))
 
 
 @gluon.jit
-def tokens_of(places_ptr, tile, TILE: gl.constexpr, ROWS: gl.constexpr, layout: gl.constexpr):
-    """The tokens of a tile in parts of ROWS, as rows of `layout`."""
-    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    tokens = ()
-    for part in gl.static_range(TILE // ROWS):
-        tokens = tokens + (tokens_at(places_ptr, tile, part * ROWS + rows, TILE),)
-    return tokens
+def _parts(x, PART: gl.constexpr, layout: gl.constexpr):
+    if x.shape[0] > PART:
+        upper, lower = gl.split(gl.permute(gl.reshape(x, (2, x.shape[0] // 2)), (1, 0)))
+        return _parts(upper, PART, layout) + _parts(lower, PART, layout)
+    else:
+        return (gl.convert_layout(x, layout, assert_trivial=True),)
+
+
+@gluon.jit
+def as_rows(tokens, PART: gl.constexpr, layout: gl.constexpr):
+    """The tokens of a tile, of which each thread has one as in `one_each`, as rows of `layout`, in parts of PART."""
+    rows: gl.constexpr = gl.SliceLayout(1, layout)
+    return _parts(gl.convert_layout(tokens, rows), PART, rows)
 
 
 @gluon.jit
@@ -154,9 +174,8 @@ def gather_rows(tiles, stage, part, pointer, tokens, STRIDE: gl.constexpr):
 
 
 @gluon.jit
-def gather_line(line, pointer, places_ptr, tile):
+def gather_line(line, pointer, tokens):
     """Begin to copy a number of each token in a tile."""
-    tokens = tokens_at(places_ptr, tile, line_of(line.shape[0]), line.shape[0])
     async_copy.async_copy_global_to_shared(line, pointer + tokens, mask=tokens >= 0)
 
 
@@ -202,11 +221,27 @@ def _from(place, lane):
 
 
 @gluon.jit
-def seen_in(line, first, COLUMNS: gl.constexpr, scores: gl.constexpr):
-    """Which of the places from `first` on each row sees, (rows, COLUMNS), from what `note_sight` notes."""
+def _where_bit(bits, bit, x, other):
+    """x where `bits` have `bit`, else `other`, which is float32 too."""
+    # So written, it becomes predicates for seven bits at a time (R2P); by comparisons, an instruction or two for each.
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b32 t; and.b32 t, $1, $2; setp.ne.b32 p, t, 0; selp.f32 $0, $3, $4, p; }",
+        "=f,r,r,f,f",
+        [bits, bit, x, other],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def where_seen(x, line, first, other, scores: gl.constexpr):
+    """x (rows, columns), laid out as `scores`, where a row sees the place `first` + column, elsewhere `other`. `line`
+    has what `note_sight` or `pack_sequences` notes."""
     # A thread has two of each eight columns: a bit for each of them is all that it keeps of a row's sight.
     BITS: gl.constexpr = 8 if line.dtype == gl.int16 else 16
     MASK: gl.constexpr = (1 << BITS) - 1
+    COLUMNS: gl.constexpr = x.shape[1]
     layout: gl.constexpr = eights(gl.num_warps(), COLUMNS)
     pairs: gl.constexpr = gl.SliceLayout(1, layout)
     sight = line.load(gl.SliceLayout(1, pairs)).to(gl.int32)
@@ -216,9 +251,10 @@ def seen_in(line, first, COLUMNS: gl.constexpr, scores: gl.constexpr):
     bits = _from(low[:, None], (rest & 6)[None, :]) & ~_from(end[:, None], (rest & 6)[None, :])
     eight = gl.arange(0, COLUMNS // 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))
     which = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout))) & 1
-    bit = 2 * eight[None, :, None] + which[None, None, :]
-    seen = gl.reshape((bits[:, None, :] >> bit) & 1, [layout.shape[0], COLUMNS]) != 0
-    return gl.convert_layout(seen, scores, assert_trivial=True)
+    bits, bit = gl.broadcast(bits[:, None, :], 1 << (2 * eight[None, :, None] + which[None, None, :]))
+    bits = gl.convert_layout(gl.reshape(bits, x.shape), scores, assert_trivial=True)
+    bit = gl.convert_layout(gl.reshape(bit, x.shape), scores, assert_trivial=True)
+    return _where_bit(bits, bit, x, other)
 
 
 @gluon.jit

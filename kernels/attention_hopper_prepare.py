@@ -182,8 +182,8 @@ def _prepare(
 def prepare(
     places_ptr, angles_ptr, tiles, sights, barriers, turns, slots, H: gl.constexpr, BACKWARD: gl.constexpr,
 ):  # fmt: skip
-    """Makes every tile ready for the multipliers: notes what each row sees, the first place in the low byte and how
-    many in the high one, and turns q and k. Backward it also turns back the gradients that take their places."""
+    """Makes every tile ready for the multipliers: notes what each row sees, the first place in the low byte and the
+    last in the high one, and turns q and k. Backward it also turns back the gradients that take their places."""
     if places_ptr is not None and angles_ptr is not None:  # known when compiling, unlike what angles there are
         if gl.load(angles_ptr + tiles[0].shape[1] * tiles[0].shape[2]) == 0:
             _prepare(places_ptr, angles_ptr, tiles, sights, barriers, turns, slots, H, BACKWARD, True)

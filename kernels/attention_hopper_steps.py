@@ -29,10 +29,10 @@ from .attention_hopper_parts import (
     more_of,
     note_delta,
     note_sight,
-    seen_in,
     share_of,
     store_block,
     store_rows,
+    where_seen,
 )
 from .attention_parts import generator_of, group_at, is_kept
 from .language import async_copy, fence_async_shared, gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait
@@ -265,7 +265,7 @@ def _multiply(
         lse = lines.index(stage).load(of_columns)
         p = gl.exp2(s * (scale * LOG2_E) - lse[None, :])
         if MASKED:
-            p = gl.where(seen_in(sight_halves.index(half), step * STEP, STEP, square), p, 0.0)
+            p = where_seen(p, sight_halves.index(half), step * STEP, 0.0, square)
         kept = p
         if seed_ptr is not None:
             # What is dropped is told by its sign from here on: dS of it is delta alone.

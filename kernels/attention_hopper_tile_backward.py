@@ -5,11 +5,13 @@ Symbols in comments: T tokens of the batch, H heads, D head size.
 """
 
 from .attention_hopper_parts import (
+    as_rows,
     fetch_line,
     fetch_rows,
     gather_line,
     gather_rows,
     make_barriers,
+    one_each,
     seen_of,
     store_rows,
     tokens_of,
@@ -72,17 +74,19 @@ def _move_backward(
     if ENGINE:
         dqkv = tma.make_tensor_descriptor(dqkv_ptr, [T, ROW], [ROW, 1], [TILE, D], q_tiles.layout)
     layout: gl.constexpr = vectors(D, gl.num_warps())
+    line: gl.constexpr = one_each(D, gl.num_warps())
     program, programs = gl.program_id(0), gl.num_programs(0)
+    tokens = tokens_of(places_ptr, slots, program, H, TILE, line)
+    owners = tokens
     for i in range(-STAGES, turns):
         stage = (i + STAGES) % STAGES
-        later = program + (i + STAGES) * programs
-        if not TURNS:
-            # Asked for before what is waited for, which it will have come in.
-            tokens = tokens_of(places_ptr, gl.minimum(later // H, slots - 1), TILE, PART, layout)
+        item = program + i * programs
+        later = item + STAGES * programs
+        # Asked for a turn before they are needed, which they will have come in.
+        next_tokens = tokens_of(places_ptr, slots, later + programs, H, TILE, line)
+        next_owners = tokens_of(places_ptr, slots, item + programs, H, TILE, line)
         if i >= 0:
-            item = program + i * programs
             tile, column = item // H, item % H * D
-            owners = tokens_of(places_ptr, tile, TILE, PART, layout)
             mbarrier.wait(done.index(stage), (i // STAGES) & 1)
             if TURNS:  # the second time in a round that it is completed
                 mbarrier.wait(ready.index(stage), 1)
@@ -92,18 +96,16 @@ def _move_backward(
                 tma.async_copy_shared_to_global(dqkv, [tile * TILE, column + 2 * H * D], v_tiles.index(stage))
                 tma.store_wait(0)
             elif MASKED:
-                _store(dqkv_ptr + column, tiles, stage, owners, H, PART, MASKED)
+                _store(dqkv_ptr + column, tiles, stage, as_rows(owners, PART, layout), H, PART, MASKED)
             else:
                 at = dqkv_ptr + ((tile * TILE).to(gl.int64) * ROW + column)
-                _store(at, tiles, stage, owners, H, PART, MASKED)
+                _store(at, tiles, stage, as_rows(owners, PART, layout), H, PART, MASKED)
         if i + STAGES < turns:
             tile, column = later // H, later % H * D
             qkv, dout, lse = qkv_ptr + column, dout_ptr + column, lse_ptr + (later % H).to(gl.int64) * T
-            if TURNS:  # there are no registers for it earlier
-                tokens = tokens_of(places_ptr, tile, TILE, PART, layout)
             if MASKED:
-                gather_line(lse_lines.index(stage), lse, places_ptr, tile)
-                _gather(tiles, stage, qkv, dout, tokens, H, PART)
+                gather_line(lse_lines.index(stage), lse, tokens)
+                _gather(tiles, stage, qkv, dout, as_rows(tokens, PART, layout), H, PART)
             else:
                 first = tile * TILE
                 fetch_rows(q_tiles.index(stage), qkv, first, TILE, ROW, MASKED)
@@ -114,6 +116,7 @@ def _move_backward(
                 fetch_rows(v_tiles.index(stage), qkv + 2 * H * D, first, TILE, ROW, MASKED)
                 fetch_rows(dout_tiles.index(stage), dout, first, TILE, H * D, MASKED)
             async_copy.mbarrier_arrive(rest.index(stage), increment_count=False)
+        tokens, owners = next_tokens, next_owners
 
 
 @gluon.jit

@@ -10,7 +10,8 @@ ring of stages in shared memory goes from one to the next:
 
 With neither angles nor masks there is nothing to prepare. Each step hands a stage on through a barrier of its own
 (`full`, `ready`, `done`), which is waited for by the parity of how often the ring has gone round. The multiplier keeps
-the accumulators of two products at once, so it has most of the registers.
+the accumulators of two products at once, so it has most of the registers. Forward, it begins the scores of the next
+tile before it is done with one; backward, that gains nothing, for memory is what is waited for.
 
 A tile is one sequence as long, or holds several that `pack_sequences` found for it: then the mover gathers the rows of
 their tokens, and each row has a mask. Where a tile is one sequence, q and k are turned while v and dout (`rest`) are
@@ -19,10 +20,20 @@ still on their way. Backward, the preparer turns dq and dk back and completes `r
 Symbols in comments: T tokens of the batch, H heads, D head size.
 """
 
-from .attention_hopper_parts import fetch_rows, gather_rows, make_barriers, seen_of, store_rows, tokens_at, turns_of
+from .attention_hopper_parts import (
+    as_rows,
+    fetch_rows,
+    gather_rows,
+    make_barriers,
+    one_each,
+    store_rows,
+    tokens_of,
+    turns_of,
+    where_seen,
+)
 from .attention_hopper_prepare import prepare
 from .attention_parts import generator_of, is_kept
-from .language import async_copy, fence_async_shared, gl, gluon, mbarrier, warpgroup_mma
+from .language import async_copy, fence_async_shared, gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait
 from .tiles import vectors
 
 LOG2_E = gl.constexpr(1.4426950408889634)
@@ -43,29 +54,34 @@ def _move_forward(
     layout: gl.constexpr = vectors(D, gl.num_warps())
     rows = gl.arange(0, TILE, layout=gl.SliceLayout(1, layout))
     columns = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
-    of_line: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    line = gl.arange(0, TILE, layout=of_line)
+    line: gl.constexpr = one_each(D, gl.num_warps())
     program, programs = gl.program_id(0), gl.num_programs(0)
+    tokens = tokens_of(places_ptr, slots, program, H, TILE, line)
+    owners = tokens
     for i in range(-STAGES, turns):
         stage = (i + STAGES) % STAGES
-        # Asked for before what is waited for, which it will have come in.
-        later = program + (i + STAGES) * programs
-        tokens = tokens_at(places_ptr, gl.minimum(later // H, slots - 1), rows, TILE)
+        item = program + i * programs
+        later = item + STAGES * programs
+        # Asked for a turn before they are needed, which they will have come in.
+        next_tokens = tokens_of(places_ptr, slots, later + programs, H, TILE, line)
+        next_owners = tokens_of(places_ptr, slots, item + programs, H, TILE, line)
         if i >= 0:
-            item = program + i * programs
-            head, tile = item % H, item // H
-            owners, of_lines = tokens_at(places_ptr, tile, rows, TILE), tokens_at(places_ptr, tile, line, TILE)
+            head = item % H
+            of_rows = item // H * TILE + rows
             mbarrier.wait(done.index(stage), (i // STAGES) & 1)
-            at = out_ptr + (owners.to(gl.int64)[:, None] * (H * D) + (head * D + columns)[None, :])
-            store_rows(at, q_tiles.index(stage).load(layout), owners >= 0, MASKED)
-            lse = lse_ptr + head.to(gl.int64) * T + of_lines
-            gl.store(lse, lse_lines.index(stage).load(of_line), mask=of_lines >= 0)
+            if MASKED:
+                (of_rows,) = as_rows(owners, TILE, layout)
+            at = out_ptr + (of_rows.to(gl.int64)[:, None] * (H * D) + (head * D + columns)[None, :])
+            store_rows(at, q_tiles.index(stage).load(layout), of_rows >= 0, MASKED)
+            lse = lse_ptr + head.to(gl.int64) * T + owners
+            gl.store(lse, lse_lines.index(stage).load(line), mask=owners >= 0)
         if i + STAGES < turns:
             tile, qkv = later // H, qkv_ptr + later % H * D
             if MASKED:
-                gather_rows(q_tiles, stage, 0, qkv, tokens, ROW)
-                gather_rows(k_tiles, stage, 0, qkv + H * D, tokens, ROW)
-                gather_rows(v_tiles, stage, 0, qkv + 2 * H * D, tokens, ROW)
+                (of_rows,) = as_rows(tokens, TILE, layout)
+                gather_rows(q_tiles, stage, 0, qkv, of_rows, ROW)
+                gather_rows(k_tiles, stage, 0, qkv + H * D, of_rows, ROW)
+                gather_rows(v_tiles, stage, 0, qkv + 2 * H * D, of_rows, ROW)
             else:
                 fetch_rows(q_tiles.index(stage), qkv, tile * TILE, TILE, ROW, MASKED)
                 fetch_rows(k_tiles.index(stage), qkv + H * D, tile * TILE, TILE, ROW, MASKED)
@@ -73,6 +89,24 @@ def _move_forward(
                     async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
                 fetch_rows(v_tiles.index(stage), qkv + 2 * H * D, tile * TILE, TILE, ROW, MASKED)
             async_copy.mbarrier_arrive(rest.index(stage), increment_count=False)
+        tokens, owners = next_tokens, next_owners
+
+
+@gluon.jit
+def _scores(q_tiles, k_tiles, barriers, turn, PREPARED: gl.constexpr, layout: gl.constexpr):
+    """Begin to multiply q and k of the tile of a turn, when it has come."""
+    full, _, ready, _ = barriers
+    STAGES: gl.constexpr = q_tiles.shape[0]
+    TILE: gl.constexpr = q_tiles.shape[1]
+    stage = turn % STAGES
+    if PREPARED:
+        mbarrier.wait(ready.index(stage), (turn // STAGES) & 1)
+    else:
+        mbarrier.wait(full.index(stage), (turn // STAGES) & 1)
+        fence_async_shared()
+    nothing = gl.zeros([TILE, TILE], gl.float32, layout)
+    q, k = q_tiles.index(stage), k_tiles.index(stage)
+    return warpgroup_mma(q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -82,7 +116,7 @@ def _multiply_forward(
 ):  # fmt: skip
     q_tiles, k_tiles, v_tiles = tiles
     lse_lines, sights = notes
-    full, _, ready, done = barriers
+    _, _, _, done = barriers
     STAGES: gl.constexpr = q_tiles.shape[0]
     TILE: gl.constexpr = q_tiles.shape[1]
     D: gl.constexpr = q_tiles.shape[2]
@@ -92,18 +126,15 @@ def _multiply_forward(
     place = gl.arange(0, TILE, layout=gl.SliceLayout(1, square))
     others = gl.arange(0, TILE, layout=gl.SliceLayout(0, square))
     program, programs = gl.program_id(0), gl.num_programs(0)
+    s = gl.zeros([TILE, TILE], gl.float32, square)
+    if turns > 0:
+        s = warpgroup_mma_wait(0, deps=(_scores(q_tiles, k_tiles, barriers, 0, PREPARED, square),))
     for i in range(turns):
         stage = i % STAGES
         item = program + i * programs
-        q, k, v = q_tiles.index(stage), k_tiles.index(stage), v_tiles.index(stage)
-        if PREPARED:
-            mbarrier.wait(ready.index(stage), (i // STAGES) & 1)
-        else:
-            mbarrier.wait(full.index(stage), (i // STAGES) & 1)
-            fence_async_shared()
-        s = warpgroup_mma(q, k.permute((1, 0)), gl.zeros([TILE, TILE], gl.float32, square), use_acc=False)
+        q, v = q_tiles.index(stage), v_tiles.index(stage)
         if MASKED:
-            s = gl.where(seen_of(sights.index(stage), square), s, float("-inf"))
+            s = where_seen(s, sights.index(stage), 0, float("-inf"), square)
         m = gl.max(s, 1) * (scale * LOG2_E)
         p = gl.exp2(s * (scale * LOG2_E) - m[:, None])
         total = gl.sum(p, 1)
@@ -112,7 +143,11 @@ def _multiply_forward(
             kept = is_kept(generator, start, 0, place[:, None], 0, others[None, :], dropout)
             p = gl.where(kept, p, 0.0)
         weights = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, narrow, 2))
-        out = warpgroup_mma(weights, v, gl.zeros([TILE, D], gl.float32, narrow), use_acc=False)
+        nothing = gl.zeros([TILE, D], gl.float32, narrow)
+        out = warpgroup_mma(weights, v, nothing, use_acc=False, is_async=True)
+        # Those of the next turn meanwhile; of the last once more, for nothing, since what is under way may not branch.
+        s = _scores(q_tiles, k_tiles, barriers, gl.minimum(i + 1, turns - 1), PREPARED, square)
+        out = warpgroup_mma_wait(1, deps=(out,))
         share = 1.0 / total
         if seed_ptr is not None:
             share /= 1.0 - dropout
@@ -120,6 +155,7 @@ def _multiply_forward(
         q.store(out.to(dtype))
         lse_lines.index(stage).store(m + gl.log2(total))
         mbarrier.arrive(done.index(stage), count=1)
+        s = warpgroup_mma_wait(0, deps=(s,))
 
 
 @gluon.jit

@@ -100,7 +100,7 @@ def _lay_out_kernel(
     # A sequence longer than a tile, which there must not be, writes nothing behind it.
     valid &= place < LIMIT
     tl.store(places_ptr + at, token, mask=valid)
-    tl.store(places_ptr + slots * LIMIT + at, low | (beyond - low) << 8 | position << 16, mask=valid)
+    tl.store(places_ptr + slots * LIMIT + at, low | (beyond - 1) << 8 | position << 16, mask=valid)
     # The rest of as many tiles as have BLOCK places.
     tile, place = part * (BLOCK // LIMIT) + tl.arange(0, BLOCK // LIMIT), tl.arange(0, LIMIT)
     count = tl.load(counts_ptr + chunk)
@@ -108,7 +108,7 @@ def _lay_out_kernel(
     at = (before + tile)[:, None] * LIMIT + place[None, :]
     empty = (tile < count)[:, None] & (place[None, :] >= filled[:, None])
     tl.store(places_ptr + at, -1, mask=empty)
-    tl.store(places_ptr + slots * LIMIT + at, 0, mask=empty)
+    tl.store(places_ptr + slots * LIMIT + at, 1, mask=empty)
     if tl.program_id(0) == tl.num_programs(0) - 1:
         tl.store(count_ptr, before + count)
 
@@ -157,8 +157,9 @@ def pack_sequences(
     cu_seqlens: int32 (B+1,), contiguous, rising from 0 to `total` > 0, in steps of `limit`, a power of two up to 128,
     at most. window: how far a token sees to either side; its whole sequence if negative. count: int32 (1,), of tiles.
     places: int32 (2, slots, limit), for each place in a tile the token there, and what is to be known of it: the first
-    place that it sees in the lowest byte, how many in the next, its position in its sequence above them. A place
-    without a token has -1 and 0; slots past the last tile are not written. Nothing is copied to the host.
+    place that it sees in the lowest byte, the last in the next, its position in its sequence above them. A place
+    without a token has -1, and sees from 1 to 0; slots past the last tile are not written. Nothing is copied to the
+    host.
     """
     if torch.compiler.is_compiling():
         return _pack_op(cu_seqlens, total, limit, window)

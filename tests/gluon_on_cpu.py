@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier as real_mbarrier
 
-from cramfast.kernels import attention_hopper_prepare, attention_parts, language
+from cramfast.kernels import attention_hopper_parts, attention_hopper_prepare, attention_parts, language
 
 DEADLOCK_SECONDS = 20
 SLOW_SECONDS = 0.01  # at every barrier
@@ -232,6 +232,9 @@ class Language:
     def join(self, x, y):
         return torch.stack((x, y), dim=-1)
 
+    def broadcast(self, x, y):
+        return torch.broadcast_tensors(x, y)
+
     def convert_layout(self, x, layout, assert_trivial=False):
         return x
 
@@ -304,6 +307,11 @@ def unpack(both):
     return tuple((both >> bits).to(torch.int16).to(torch.float16, bitcast=True).float() for bits in (16, 0))
 
 
+def where_bit(bits, bit, x, other):
+    """In place of that of the kernels, which is written in PTX too."""
+    return torch.where(bits & bit != 0, x, torch.as_tensor(other, dtype=x.dtype))
+
+
 class Barriers:
     """In place of `mbarrier`."""
 
@@ -359,6 +367,7 @@ def run(kernel, programs: int, *arguments, num_warps: int = 8, slow: int | None 
             id(language.fence_async_shared): lambda: None,
             id(attention_parts.generator_of): lambda seed, head: head,
             id(attention_parts.is_kept): is_kept,
+            id(attention_hopper_parts._where_bit): where_bit,
             id(attention_hopper_prepare._unpack): unpack,
             id(language.warpgroup_mma): _product,
             id(language.warpgroup_mma_wait): lambda pending, deps: deps[0] if len(deps) == 1 else deps,

@@ -41,7 +41,7 @@ def first_fit_decreasing(lengths, limit):
 
 
 def laid_out(lengths, limit, window):
-    """For each place of each tile the token, the first place it sees, how many, and its position; None if empty."""
+    """For each place of each tile the token, the first place it sees, the last, and its position; None if empty."""
     starts = boundaries(lengths).tolist()
     tiles = []
     for chunk in range(0, len(lengths), CHUNK):
@@ -53,7 +53,7 @@ def laid_out(lengths, limit, window):
                     low, end = 0, length
                     if window >= 0:
                         low, end = max(0, position - window), min(length, position + window + 1)
-                    places.append((starts[number] + position, first + low, end - low, position))
+                    places.append((starts[number] + position, first + low, first + end - 1, position))
             tiles.append(places + [None] * (limit - len(places)))
     return tiles
 
@@ -72,7 +72,7 @@ def assert_packed(lengths, limit=128, window=-1):
     # Both might be wrong alike. What the kernels need: every token once, and of what is empty nothing seen.
     flat, noted = places[0, : int(count)].flatten(), places[1, : int(count)].flatten()
     assert torch.equal(flat[flat >= 0].sort().values, torch.arange(sum(lengths), device=DEVICE))
-    assert (flat[flat < 0] == -1).all() and (noted[flat < 0] == 0).all()
+    assert (flat[flat < 0] == -1).all() and (noted[flat < 0] == 1).all()
 
 
 @pytest.mark.parametrize("limit", LIMITS)

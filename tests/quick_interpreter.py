@@ -2,22 +2,25 @@
 the last bit, but for numbers of bf16 below the normal ones, which it gets wrong."""
 
 import functools
-import inspect
 from dataclasses import replace
 
+import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
 
 def quicken() -> None:
     """For the rest of the process."""
-    interpreter._patch_lang = patched_once(interpreter._patch_lang)
-    interpreter._patch_builtin = of_known_names
+    interpreter._patch_lang = patched_for_good(interpreter._patch_lang)
     interpreter._get_np_dtype = once_for_each_name(interpreter._get_np_dtype)
     tl.core.block_type.__init__ = with_known_shapes(tl.core.block_type.__init__)
     tl.core.tensor.__init__ = of_known_shapes(tl.core.tensor.__init__)
     tl.core._unwrap_if_constexpr = tl._unwrap_if_constexpr = without_search(tl.core._unwrap_if_constexpr)
     interpreter._patch_attr = with_semantic_alone
+    tl.tensor.__getitem__ = unsqueezed(interpreted(tl.tensor.__getitem__))
+    for name, *work in operators():
+        setattr(tl.tensor, name, at_once(interpreted(getattr(tl.tensor, name)), *work))
+    tl.tensor.__add__ = to_pointers(tl.tensor.__add__)
     interpreter._validate_np_data_size = by_name(interpreter._validate_np_data_size)
     interpreter._convert_float = widening_at_once(interpreter._convert_float)
     semantic = interpreter.interpreter_semantic
@@ -31,45 +34,22 @@ def quicken() -> None:
     interpreter.interpreter_builder.options = replace(options, sanitize_overflow=False)
 
 
-def patched_once(patch_lang):
-    """The interpreter's `_patch_lang`, which looks through all of Triton's language for what to replace: not again for
-    each function that a kernel calls."""
-    done, known = set(), {}
+def patched_for_good(patch_lang):
+    """The interpreter's `_patch_lang`, which looks through all of Triton's language for what to replace, at each launch
+    and each call of another function, and puts it back at the end: here once, and never back."""
+    known, done = set(), set()
+    nothing = interpreter._LangPatchScope()
 
     def patch(function):
-        languages = known.get(function)
-        if languages is None:
-            values = function.__globals__.values()
-            languages = known[function] = frozenset(id(value) for value in values if value is tl or value is tl.core)
-        if languages in done:
-            return None
-        is_kernel = not done
-        done.add(languages)
-        scope = patch_lang(function)
-        restore = scope.restore
-
-        def restored():
-            done.clear()
-            restore()
-
-        if is_kernel:
-            scope.restore = restored
-        return scope
+        if function not in known:
+            known.add(function)
+            languages = {id(value) for value in function.__globals__.values() if value is tl or value is tl.core}
+            if not languages <= done:
+                done.update(languages)
+                patch_lang(function)
+        return nothing
 
     return patch
-
-
-@functools.lru_cache
-def builtins_of(package) -> list[str]:
-    return [name for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
-
-
-def of_known_names(package, builder, scope) -> None:
-    """The interpreter's `_patch_builtin`, which looks through all members of a package: not again for each launch."""
-    for name in builtins_of(package):
-        member = getattr(package, name)
-        if tl.core.is_builtin(member):  # and not replaced already
-            interpreter._patch_attr(package, name, member, builder, scope)
 
 
 def once_for_each_name(get_np_dtype):
@@ -86,30 +66,36 @@ def once_for_each_name(get_np_dtype):
 
 
 def with_known_shapes(initialise):
-    """The constructor of types of blocks, which checks a shape and writes it out: once for each type."""
+    """The constructor of types of blocks, which checks a shape and writes it out: once for each type, all instances of
+    which have their attributes in common. `sizes` is the shape in numbers."""
     found = {}
 
     def __init__(self, element_ty, shape):
-        key = element_ty.name, *(size.value if isinstance(size, tl.constexpr) else size for size in shape)
+        sizes = tuple([size.value if isinstance(size, tl.constexpr) else size for size in shape])
+        key = element_ty.name, sizes
         if key not in found:
-            initialise(self, element_ty, shape)
-            found[key] = dict(self.__dict__)
-        self.__dict__.update(found[key])
+            initialise(self, element_ty, [*sizes])
+            self.sizes = sizes
+            found[key] = self.__dict__
+        self.__dict__ = found[key]
 
     return __init__
 
 
 def of_known_shapes(initialise):
-    """The constructor of tensors, which makes constants of the sizes: once for each shape."""
+    """The constructor of tensors, which makes constants of the sizes: once for each shape, and looked up once for each
+    type."""
     found = {}
 
     def __init__(self, handle, type):
-        key = (*type.shape,) if type.is_block() else ()
-        if key not in found:
+        try:
+            self.dtype, self.numel, self.shape = type.of_tensors
+        except AttributeError:
             initialise(self, handle, type)
-            found[key] = self.numel, self.shape
-        self.handle, self.type, self.dtype = handle, type, type.scalar
-        self.numel, self.shape = found[key]
+            sizes = type.sizes if type.is_block() else ()
+            type.of_tensors = self.dtype, *found.setdefault(sizes, (self.numel, self.shape))
+            self.numel, self.shape = found[sizes]
+        self.handle, self.type = handle, type
 
     return __init__
 
@@ -179,53 +165,48 @@ def widening_at_once(convert):
 
 
 def found_once(check, semantic):
-    """`binary_op_type_checking_impl`, which finds out the types and the shape of a result and makes a tensor of every
-    number: once for each pair of types, and for each number beside a tensor of one type and shape."""
-    types, numbers = {}, {}
+    """`binary_op_type_checking_impl`, which finds out the types of a result: once for each pair of types."""
+    types = {}
 
     def checked(lhs, rhs, allow_lhs_ptr=False, allow_rhs_ptr=False, arithmetic_check=True, div_or_mod=False):
         options = allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod
-        if isinstance(lhs, tl.tensor) and isinstance(rhs, tl.tensor):
-            key = lhs.dtype.name, rhs.dtype.name, options
-            if key not in types:
-                results = check(lhs, rhs, *options)
-                types[key] = [x.dtype if x.dtype.name in SIZES else None for x in results]  # None: a pointer
-                return results
-            results = (
-                x if type is None else semantic.cast(x, type) for x, type in zip((lhs, rhs), types[key], strict=True)
-            )
-            return semantic.broadcast_impl_value(*results)
-        if not (isinstance(lhs, tl.tensor) or isinstance(rhs, tl.tensor)):
+        if not (isinstance(lhs, tl.tensor) and isinstance(rhs, tl.tensor)):
             return check(lhs, rhs, *options)
-        tensor, number = (lhs, rhs) if isinstance(lhs, tl.tensor) else (rhs, lhs)
-        shape = tensor.type.shape if tensor.type.is_block() else ()
-        # 0.0 is not -0.0, but equal to it.
-        key = tensor.dtype.name, shape, type(number), repr(number), lhs is tensor, options
-        if key not in numbers:
+        key = lhs.dtype.name, rhs.dtype.name, options
+        if key not in types:
             results = check(lhs, rhs, *options)
-            same, made = results if lhs is tensor else reversed(results)
-            if same is not tensor:
-                return results
-            made.handle.data.setflags(write=False)
-            numbers[key] = made
-        return (lhs, numbers[key]) if lhs is tensor else (numbers[key], rhs)
+            types[key] = [x.dtype if x.dtype.name in SIZES else None for x in results]  # None: a pointer
+            return results
+        both = zip((lhs, rhs), types[key], strict=True)
+        return semantic.broadcast_impl_value(*(x if type is None else semantic.cast(x, type) for x, type in both))
 
     return checked
 
 
 def where_shapes_differ(broadcast):
-    """`broadcast_impl_value`."""
+    """`broadcast_impl_value`, which compares two shapes size by size: once for each two."""
+    common = {}
 
     def broadcasted(lhs, rhs):
         if lhs.shape is rhs.shape:
             return lhs, rhs
-        if lhs.type.is_block() and not rhs.type.is_block():
-            return lhs, splat(rhs, lhs.type.shape)
-        if rhs.type.is_block() and not lhs.type.is_block():
-            return splat(lhs, rhs.type.shape), rhs
-        return broadcast(lhs, rhs)
+        if not rhs.type.is_block():
+            return lhs, splat(rhs, lhs.type.sizes)
+        if not lhs.type.is_block():
+            return splat(lhs, rhs.type.sizes), rhs
+        both = lhs.type.sizes, rhs.type.sizes
+        if both not in common:
+            common[both] = broadcast(lhs, rhs)[0].type.sizes
+        return spread(lhs, common[both]), spread(rhs, common[both])
 
     return broadcasted
+
+
+def spread(block, sizes):
+    if block.type.sizes == sizes:
+        return block
+    handle = interpreter.interpreter_builder.create_broadcast(block.handle, sizes)
+    return tl.tensor(handle, tl.block_type(block.dtype, sizes))
 
 
 def splat(scalar, shape):
@@ -240,3 +221,86 @@ def to_another_type(cast):
         return value if value.dtype is dtype.scalar else cast(value, dtype, *rounding)
 
     return casted
+
+
+def unsqueezed(get):
+    """`tensor.__getitem__`, which takes nothing but None and full slices, as numpy does."""
+
+    def __getitem__(self, places):
+        if not self.type.is_block() or any(place is not None and place != slice(None) for place in places):
+            return get(self, places)
+        data = self.handle.data[places]
+        return tl.tensor(interpreter.TensorHandle(data, self.dtype), tl.block_type(self.dtype, data.shape))
+
+    return __getitem__
+
+
+# The types that an operator takes, with the numbers that are of such a type beside a tensor of it.
+FLOATS = {"fp32": (float, int)}
+INTEGERS = {"int32": (int,), "int64": (int,)}
+ARITHMETIC = {
+    "__add__": (np.add, FLOATS | INTEGERS),
+    "__sub__": (np.subtract, FLOATS | INTEGERS),
+    "__mul__": (np.multiply, FLOATS | INTEGERS),
+    "__truediv__": (np.divide, FLOATS),
+    "__and__": (np.bitwise_and, INTEGERS | {"int1": ()}),
+}
+COMPARISONS = {
+    "__lt__": np.less,
+    "__le__": np.less_equal,
+    "__gt__": np.greater,
+    "__ge__": np.greater_equal,
+    "__eq__": np.equal,
+    "__ne__": np.not_equal,
+}
+
+
+def operators():
+    """Name, `work`, `types` and `result` of those that `at_once` is for."""
+    for name, (work, types) in ARITHMETIC.items():
+        yield name, work, types, None
+        yield name.replace("__", "__r", 1), lambda x, y, work=work: work(y, x), types, None
+    for name, work in COMPARISONS.items():
+        yield name, work, FLOATS | INTEGERS, tl.int1
+
+
+def at_once(operate, work, types, result):
+    """An operator of tensors: where both are of one of `types`, or one a number, `work` of numpy alone, which needs no
+    blocks of one shape. result: the type of what comes out, None for that of the operands."""
+
+    def operated(self, other):
+        if isinstance(other, tl.constexpr):
+            other = other.value
+        dtype, kind = self.dtype, self.type
+        if isinstance(other, tl.tensor):
+            if dtype.name not in types or other.dtype.name != dtype.name:
+                return operate(self, other)
+            data = work(self.handle.data, other.handle.data)
+            kind = kind if kind.is_block() else other.type
+        elif type(other) in types.get(dtype.name, ()):
+            data = work(self.handle.data, other)
+        else:
+            return operate(self, other)
+        return tl.tensor(interpreter.TensorHandle(data, dtype), of_shape(kind, result or dtype, data.shape))
+
+    return operated
+
+
+def of_shape(type, dtype, shape):
+    """The type of `dtype` where a block of `type` came to have another shape; a scalar has none."""
+    if not type.is_block():
+        return dtype
+    return type if type.scalar is dtype and type.sizes == shape else tl.block_type(dtype, shape)
+
+
+def to_pointers(add):
+    """`tensor.__add__`, which makes blocks of one shape of a pointer and its offsets; their sum has that anyway."""
+
+    def added(self, other):
+        if not (self.dtype.is_ptr() and isinstance(other, tl.tensor) and other.dtype.name in INTEGERS):
+            return add(self, other)
+        handle = interpreter.interpreter_builder.create_addptr(self.handle, other.handle)
+        blocks = self.type if self.type.is_block() else other.type
+        return tl.tensor(handle, of_shape(blocks, self.dtype, handle.data.shape))
+
+    return added

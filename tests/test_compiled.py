@@ -110,12 +110,21 @@ def catalogue(capability: int, dtype: torch.dtype) -> list[Launch]:
 @functools.cache
 def chosen(capability: int, dtype: torch.dtype) -> list[Launch]:
     """Of the catalogue what no pair before has, be it in the other 16-bit dtype, and a launch of each kernel that the
-    card has not met with another dtype."""
-    place = PAIRS.index((capability, dtype))
-    known = {in_16_bits(launch) for pair in PAIRS[:place] for launch in catalogue(*pair)}
-    met = {launch.kernel.fn for card, other in PAIRS[:place] if card == capability for launch in catalogue(card, other)}
+    card has not met with another dtype; but only as many as bring each option of a kernel to the card in each of its
+    values."""
+    before = PAIRS[: PAIRS.index((capability, dtype))]
+    known = {in_16_bits(launch) for pair in before for launch in catalogue(*pair)}
+    on_card = [pair for pair in before if pair[0] == capability]
+    met = {launch.kernel.fn for pair in on_card for launch in catalogue(*pair)}
     wanted = [launch for launch in widest(capability, dtype) if launch.kernel.fn not in met]
-    return [launch for launch in catalogue(capability, dtype) if in_16_bits(launch) not in known or launch in wanted]
+    new = [launch for launch in catalogue(capability, dtype) if in_16_bits(launch) not in known or launch in wanted]
+    new.sort(key=tensors_of)
+    brought, kept = {option for pair in on_card for launch in chosen(*pair) for option in options(launch)}, []
+    for launch in reversed(new):  # the most tensors first, and the largest model
+        if not options(launch) <= brought:
+            brought |= options(launch)
+            kept.append(launch)
+    return kept
 
 
 @functools.cache
@@ -135,6 +144,13 @@ def in_16_bits(launch: Launch) -> tuple:
     pointers = [torch.bfloat16 if dtype == torch.float16 else dtype for dtype in launch.pointers]
     constants = sorted(launch.constants.items())
     return launch.kernel.fn, *pointers, *launch.scalars, *constants, launch.num_warps, launch.max_registers
+
+
+def options(launch: Launch) -> set[tuple]:
+    """The kernel with each of its options."""
+    found = [*enumerate((*launch.pointers, *launch.scalars)), *launch.constants.items()]
+    found += [("num_warps", launch.num_warps), ("max_registers", launch.max_registers)]
+    return {(launch.kernel.fn, *option) for option in found}
 
 
 def tensors_of(launch: Launch) -> int:

@@ -43,20 +43,15 @@ def findings(done: subprocess.CompletedProcess) -> dict[str, str]:
     return rows
 
 
-@pytest.fixture(scope="module")
-def found() -> dict[str, str]:
-    return findings(doctor())
-
-
 # A process takes seconds to load torch.
 ONE_AFTER_ANOTHER = """
 import contextlib, io, json, os, sys
 from cramfast import doctor
 results = []
-for environment in json.loads(sys.argv[1]):
+for flags, environment in json.loads(sys.argv[1]):
     os.environ.update(environment)
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        code = doctor.main([])
+        code = doctor.main(flags)
     results.append((code, out.getvalue(), err.getvalue()))
     for name in environment:
         del os.environ[name]
@@ -65,15 +60,25 @@ json.dump(results, sys.stdout)
 
 
 @pytest.fixture(scope="module")
-def found_with(tmp_path_factory) -> dict[str, dict[str, str]]:
-    """What is found with each of these in the environment."""
-    values = {"CRAMFAST_CACHE": str(tmp_path_factory.mktemp("cache") / "a" / "b"), "CRAMFAST_KERNELS": "triton"}
-    given = [*values.items(), ("CRAMFAST_KERNELS", "nonsense")]
-    environments = json.dumps([{name: value, "COLUMNS": "500"} for name, value in given])
-    script = [sys.executable, "-c", ONE_AFTER_ANOTHER, environments]
+def done_with(tmp_path_factory) -> dict[str, subprocess.CompletedProcess]:
+    """What the command does without anything, and with each of these in the environment or as a flag."""
+    wide = {"COLUMNS": "500"}
+    given = {
+        "": ([], {}),
+        "cache": ([], wide | {"CRAMFAST_CACHE": str(tmp_path_factory.mktemp("cache") / "a" / "b")}),
+        "triton": ([], wide | {"CRAMFAST_KERNELS": "triton"}),
+        "nonsense": ([], wide | {"CRAMFAST_KERNELS": "nonsense"}),
+        "--test": (["--test"], {}),
+    }
+    script = [sys.executable, "-c", ONE_AFTER_ANOTHER, json.dumps([*given.values()])]
     done = subprocess.run(script, env=without_gpu(), capture_output=True, text=True, check=True)
-    reports = [subprocess.CompletedProcess(script, *result) for result in json.loads(done.stdout)]
-    return {value: findings(report) for (_, value), report in zip(given, reports, strict=True)}
+    results = zip(given.items(), json.loads(done.stdout), strict=True)
+    return {name: subprocess.CompletedProcess(call, *result) for (name, call), result in results}
+
+
+@pytest.fixture(scope="module")
+def found(done_with) -> dict[str, str]:
+    return findings(done_with[""])
 
 
 def test_every_operator_has_a_backend_and_a_reason(found):
@@ -116,9 +121,10 @@ def test_disk_and_shared_memory(found):
     assert "shared memory" in found or not Path("/dev/shm").is_dir()
 
 
-def test_the_cache_need_not_exist(found_with):
-    cache = next(iter(found_with))
-    assert cache in found_with[cache]["token cache"]
+def test_the_cache_need_not_exist(done_with):
+    _, environment = done_with["cache"].args
+    cache = environment["CRAMFAST_CACHE"]
+    assert cache in findings(done_with["cache"])["token cache"]
     assert not Path(cache).exists()
 
 
@@ -164,8 +170,8 @@ def test_peers_that_are_there_broken_or_another_project(tmp_path, modules, expec
 
 
 @pytest.mark.parametrize("mode", ["triton", "nonsense"])
-def test_a_wrong_choice_of_kernels_is_a_finding(found_with, mode):
-    rows = found_with[mode]
+def test_a_wrong_choice_of_kernels_is_a_finding(done_with, mode):
+    rows = findings(done_with[mode])
     assert all(
         f"none: CRAMFAST_KERNELS={mode}" in rows[name]
         for name in (*OPERATORS, "attention past 512", "past 512, one length")
@@ -180,8 +186,8 @@ def test_wrong_flags_are_one_line():
     assert done.stdout == ""
 
 
-def test_testing_without_a_kernel_says_how_to_get_one():
-    done = doctor("--test")
+def test_testing_without_a_kernel_says_how_to_get_one(done_with):
+    done = done_with["--test"]
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
         "cramfast.doctor: --test: no operator runs as a kernel here; TRITON_INTERPRET=1 interprets them on a CPU"

@@ -75,10 +75,11 @@ def test_gradient_checkpointing(name, autocast, reentrant):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["Bert", "ModernBert"])
 def test_under_torch_compile(name):
-    model, untouched = both(made(name))
+    model, untouched = both(made(name, num_hidden_layers=2))  # of ModernBERT, one sees all, one its neighbours
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager")
-    for kind in ("right", "left", "full", "both"):
+    # After the second, tensors of any size are compiled for.
+    for kind in ("right", "full", "left", "both"):
         given = batch_of(name, kind)
         assert_same_loss(compiled(**given), untouched(**given), name)
     compiled(**given).loss.backward()

@@ -437,10 +437,10 @@ def test_a_batch_that_is_no_multiple_of_the_microbatch_is_rounded_up_aloud(corpu
 
 def test_a_budget_of_time_ends_in_time(corpus, tmp_path, run_here):
     out = tmp_path / "run"
-    assert run_here(*flags(corpus, out, budget="3s", batch_size=None, microbatch_size=None, evals=1)).code == 0
+    assert run_here(*flags(corpus, out, budget="2s", batch_size=None, microbatch_size=None, evals=1)).code == 0
     last = updates(out)[-1]
     # The last update may begin just before the end and take as long as one takes on a busy machine.
-    assert 3 <= last["seconds"] < 6
+    assert 2 <= last["seconds"] < 5
     assert last["lr"] < 1e-3
     assert read_json(out / "summary.json")["steps"] == last["step"] > 1
 
@@ -606,13 +606,13 @@ def test_what_layers_save_changes_no_loss_of_a_run(corpus, tmp_path, run_here):
 
 def test_time_spent_before_an_interruption_counts(corpus, tmp_path, run_here, monkeypatch):
     out = tmp_path / "run"
-    short = flags(corpus, out, budget="3s", evals=1)
-    interrupt(monkeypatch, signal.SIGTERM, lambda count: count > 1 and updates(out)[-1]["seconds"] > 1.5)
+    short = flags(corpus, out, budget="2s", evals=1)
+    interrupt(monkeypatch, signal.SIGTERM, lambda count: count > 1 and updates(out)[-1]["seconds"] > 1)
     assert run_here(*short).code == 128 + signal.SIGTERM
     assert run_here(*short).code == 0
     seconds = [record["seconds"] for record in updates(out)]
     assert seconds == sorted(seconds)
-    assert 3 <= seconds[-1] < 6  # the last update may begin just before the end
+    assert 2 <= seconds[-1] < 5  # the last update may begin just before the end
 
 
 def test_a_run_killed_after_its_last_checkpoint_measures_the_heldout_loss_once(
@@ -699,9 +699,10 @@ def test_twenty_kills_change_nothing(reference, corpus, tmp_path):
         assert process.returncode == -signal.SIGKILL, f"it ended before it was killed while {moment}"
         assert errors == ""
 
-    done = run_process(cache, *flags(corpus, out, checkpoint_every="3steps"))
-    assert (done.returncode, done.stderr) == (0, "")
-    assert f"resuming at step {STEPS}" in done.stdout
+    process = ForkedRun(flags(corpus, out, checkpoint_every="3steps"), environment(cache), tmp_path)
+    printed, errors = process.communicate()
+    assert (process.returncode, errors) == (0, "")
+    assert f"resuming at step {STEPS}" in printed
     assert final_weights(out) == final_weights(reference.out)
     assert losses(out) == losses(reference.out)
     assert [name for name, _ in entries(cache) if ".partial" in name] == []

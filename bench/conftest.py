@@ -25,6 +25,7 @@ _TINY = {"tokens": 64, "vocabulary": 256}
 _LONG = ("step", "finetune", "accelerate", "startup")
 _machine = pytest.StashKey[gpu.Gpu | None]()
 _lines = pytest.StashKey[list[str]]()
+_known = pytest.StashKey[dict[tuple, dict[str, float]]]()
 
 
 def pytest_addoption(parser):
@@ -53,6 +54,7 @@ def pytest_configure(config):
     config.option.benchmark_quiet = not config.option.benchmark_verbose
     config.stash[_machine] = gpu.find()
     config.stash[_lines] = []
+    config.stash[_known] = {}
 
 
 def pytest_collection_modifyitems(config, items):
@@ -106,7 +108,8 @@ def measured(benchmark, machine, request):
             if note not in lines:
                 lines.append(note)
         try:
-            measure(benchmark, machine, case, factory(replace(sizes, **_TINY)), direction, peer)
+            tiny = factory(replace(sizes, **_TINY))
+            measure(benchmark, machine, case, tiny, direction, peer, request.config.stash[_known])
         except Refused as refusal:
             pytest.skip(str(refusal))
 

@@ -49,11 +49,13 @@ def iterations_per_round(call_seconds: float, sets: int) -> int:
     return sets * max(1, math.ceil(wanted / sets))
 
 
-def measure(benchmark, machine, case: Case, tiny: Case, direction: str, peer: Peer) -> None:
+def measure(
+    benchmark, machine, case: Case, tiny: Case, direction: str, peer: Peer, known: dict[tuple, dict[str, float]]
+) -> None:
     """Check `peer` on the case and time it into `benchmark`, whose extra_info becomes the record of the results.
 
-    `tiny` is the same operator on few tokens, for host time. Raises WrongResult instead of timing what is wrong, and
-    Refused where a peer, other than this project, cannot be called.
+    `tiny` is the same operator on few tokens, for host time. known: as `guard` keeps it. Raises WrongResult instead of
+    timing what is wrong, and Refused where a peer, other than this project, cannot be called.
     """
     with refusal_of(peer, case.work(direction)):
         function = peer.load(case)
@@ -68,7 +70,7 @@ def measure(benchmark, machine, case: Case, tiny: Case, direction: str, peer: Pe
     calls[0].poison()
     restore()
     replay()
-    error_ratio = guard(case, peer, calls[0], inputs)
+    error_ratio = guard(case, peer, calls[0], inputs, known)
     results_bytes = sum(result.nbytes for result in (*calls[0].outputs, *calls[0].gradients.values()))
     restore()
 

@@ -254,24 +254,25 @@ def _peer(who: str, load: Callable, layout: Layout, **settings) -> Peer:
     return Peer(who, load, prepare=layout.prepare, restore=layout.restore, **settings)
 
 
-_ANY = (
-    _peer("varlen-attn", _varlen_attn, _FLAT),
-    _peer("flex-attention", _flex, _ONE_OF_HEADS, host=False),
-    _peer("flash-attn", _flash, _FLAT, modules=("flash_attn",), package="flash-attn"),
-)
+_VARLEN = _peer("varlen-attn", _varlen_attn, _FLAT)
+_FLASH_2 = _peer("flash-attn", _flash, _FLAT, modules=("flash_attn",), package="flash-attn")
 _FLASH_4 = {"modules": ("flash_attn",), "package": "flash-attn-4"}
 PEERS_OF_EQUAL = (
     CRAMFAST,
     _peer("sdpa-cudnn", _sdpa_by(SDPBackend.CUDNN_ATTENTION), _BATCH_OF_HEADS),
     _peer("sdpa-flash", _sdpa_by(SDPBackend.FLASH_ATTENTION), _BATCH_OF_HEADS),
     _peer("sdpa-efficient", _sdpa_by(SDPBackend.EFFICIENT_ATTENTION), _BATCH_OF_HEADS),
-    *_ANY,
+    _VARLEN,
+    _FLASH_2,
     _peer("flash-attn-4", _flash_4_equal, _BATCH, **_FLASH_4),
 )
 PEERS_OF_RAGGED = (
     CRAMFAST,
     _peer("sdpa-padded", _sdpa_padded, _PADDED),
-    *_ANY,
+    _VARLEN,
+    # A mask of blocks is for batches that need a mask; each takes ten seconds to compile.
+    _peer("flex-attention", _flex, _ONE_OF_HEADS, host=False),
+    _FLASH_2,
     _peer("flash-attn-4", _flash_4, _FLAT, **_FLASH_4),
 )
 # The others have no dropout.

@@ -243,7 +243,7 @@ def test_inputs_that_a_peer_overwrites_are_put_back_before_the_next_call():
 
     case, tiny = test_gelu.gelu_case(SIZES), test_gelu.gelu_case(replace(SIZES, tokens=2))
     peer = Peer("peer", lambda case: watched, prepare=separate, overwrites=("x",))
-    measure(benchmark, Cpu(), case, tiny, BOTH, peer)
+    measure(benchmark, Cpu(), case, tiny, BOTH, peer, {})
     spreads = [spread for rows, spread in seen if rows == SIZES.tokens]
     assert len(spreads) > 20 * benchmark.extra_info["input_sets"]
     assert min(spreads) > 0.5
@@ -253,7 +253,7 @@ def test_inputs_that_a_peer_overwrites_are_put_back_before_the_next_call():
 def test_host_time_is_that_of_the_small_case_whose_function_may_differ(reference):
     benchmark = Rounds()
     case, tiny = (test_mask_tokens.mask_tokens_case(replace(SIZES, tokens=tokens)) for tokens in (640, 64))
-    measure(benchmark, Cpu(), case, tiny, FORWARD, CRAMFAST)
+    measure(benchmark, Cpu(), case, tiny, FORWARD, CRAMFAST, {})
     assert benchmark.extra_info["host_seconds"] > 0
 
 
@@ -261,13 +261,30 @@ def checked(case, peer, direction=BOTH) -> float:
     inputs = case.make(0)
     call = Call(peer.load(case), peer.prepare(inputs), direction)
     call()
-    return guard(case, peer, call, inputs)
+    return guard(case, peer, call, inputs, {})
 
 
 @pytest.mark.parametrize(("name", "direction"), CALLS)
 def test_the_guard_passes_what_is_right(name, direction, reference):
     assert checked(EVERY[name](SIZES), CRAMFAST, direction) <= 2
     assert checked(EVERY[name](SIZES), EAGER, direction) == 1
+
+
+def test_pytorchs_errors_are_measured_once_for_all_peers():
+    asked = []
+
+    def eager(x):
+        asked.append(x.dtype)
+        return torch.nn.functional.gelu(x)
+
+    case, known = replace(test_gelu.gelu_case(SIZES), eager=eager), {}
+    for who in ("one", "another"):
+        for direction in (FORWARD, BOTH):
+            inputs = case.make(0)
+            call = Call(lambda x: torch.nn.functional.gelu(x.double()).to(x.dtype), inputs, direction)
+            call()
+            assert 0 < guard(case, Peer(who, None), call, inputs, known) <= 2
+    assert asked == [SIZES.dtype] * 2 and len(known) == 2
 
 
 def test_the_reference_by_chunks_is_the_reference(monkeypatch):

@@ -233,7 +233,7 @@ def run(case, peer, direction=BOTH) -> dict:
     benchmark = Rounds()
     benchmark.pedantic = lambda target, **_: target()
     tiny = attention_case(replace(SIZES, tokens=64), case.name.split("@")[0].removesuffix("-rotary"))
-    measure(benchmark, Cpu(), case, tiny, direction, peer)
+    measure(benchmark, Cpu(), case, tiny, direction, peer, {})
     return benchmark.extra_info
 
 

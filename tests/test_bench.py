@@ -28,7 +28,7 @@ from bench import (
 )
 from bench.cases import BOTH, DIRECTIONS, FORWARD, Sizes, fit
 from bench.check import Call, WrongResult, guard, relative_errors
-from bench.measure import input_sets, iterations_per_round, measure
+from bench.measure import input_sets, iterations_per_round, measure, warmup_rounds
 from bench.peers import CRAMFAST, EAGER, Peer
 
 ROOT = Path(__file__).parents[1]
@@ -195,6 +195,11 @@ def test_a_round_lasts_five_milliseconds_and_uses_every_set_equally(seconds, set
 
 def test_a_clock_that_shows_nothing_does_not_ask_for_endless_rounds():
     assert iterations_per_round(0.0, 2) == 10_000
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(5e-3, 40), (9e-3, 23), (1.0, 1), (0.0, 100)])
+def test_a_card_is_under_load_for_a_fifth_of_a_second_before_rounds_count(seconds, rounds):
+    assert warmup_rounds(seconds) == rounds
 
 
 class Rounds:

@@ -24,14 +24,14 @@ from .steps import StepPeer
 _ROUNDS = 20
 # A card keeps its highest clock for some 50 ms, until what it draws meets its limit: an H200 goes on with 1.65 GHz for
 # 1.98. Work that takes longer than a benchmark sees that one.
-_WARMUP_SECONDS = 0.2
+_WARMUP_SECONDS = 0.1
 _MOST_WARMUP_ROUNDS = 100
 # Reading the clock waits for the GPU, which then waits for the next launch: some 10 µs, 0.2 % of such a round.
 _ROUND_SECONDS = 5e-3
 _MOST_ITERATIONS = 10_000
 # Inputs that a call destroys are put back between rounds, so a round uses every set once; eight make it long enough.
 _SETS_IF_OVERWRITTEN = 8
-_BURSTS = 25
+_BURSTS = 11
 # Few enough launches that the queue never fills and the host never waits.
 _CALLS_PER_BURST = 10
 _REASON_CHARACTERS = 160

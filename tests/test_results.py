@@ -112,14 +112,16 @@ def test_every_plot_that_the_readme_shows_is_there():
 
 # What the README says is missed: the eager call's way through Python, and a torch.compile that leaves less to gain. Of
 # attention, an SDPA that leaves less than a copy would take for sequences of 64; rotary embedding, which costs more
-# than 5 % where lengths differ. Of the loss, its speed, where torch.compile need not pad the vocabulary, and in little
-# memory.
+# than 5 %. Of the loss, its speed in little memory against Liger, whose time for one of the vocabularies was 6.4 to
+# 8.6 ms in six runs, for it waits for the host.
 KNOWN_MISSES = {
     ("layer_norm/fwd", bars.HOST, "torch-eager"),
     ("layer_norm/fwd+bwd", bars.HOST, "torch-eager"),
     ("add_layer_norm/fwd+bwd", bars.SPEED, "torch-compile"),
     ("varlen_attention/fwd+bwd/all-64", bars.SPEED, "best"),
+    ("varlen_attention/fwd+bwd/all-128-rotary", bars.SPEED, "cramfast"),
     ("varlen_attention/fwd+bwd/ragged-16-128-rotary", bars.SPEED, "cramfast"),
+    ("mlm_loss/fwd+bwd", bars.SPEED, "liger"),
 }
 
 

@@ -30,7 +30,7 @@ from .attention_hopper_parts import (
 )
 from .attention_parts import generator_of, group_at, is_kept
 from .language import async_copy, fence_async_shared, gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait
-from .tiles import split
+from .tiles import allocate_tiles, split
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 BLOCK = gl.constexpr(128)
@@ -249,19 +249,15 @@ def backward_blocks_hopper(
     MULTIPLIERS_REGISTERS: gl.constexpr,
 ):
     dtype: gl.constexpr = qkv_ptr.dtype.element_ty
-    layout: gl.constexpr = gl.NVMMASharedLayout(2 * D, 16, 2)
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    q_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, D], layout)
-    dout_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, D], layout)
-    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, D], layout)
-    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, D], layout)
+    tiles = allocate_tiles(dtype, 4, STAGES, BLOCK, D)
     parts = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK, D], gl.NVMMASharedLayout(128, 32, 2))
     weights = gl.allocate_shared_memory(dtype, [BLOCK, BLOCK], gl.NVMMASharedLayout(128, 16, 2))
     lse_lines = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], line)
     deltas = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], line)
     sights = gl.allocate_shared_memory(gl.int16, [STAGES, BLOCK], line)
     barriers = _make_barriers(), _make_barriers(), _make_barriers()
-    tiles, lines = (q_tiles, dout_tiles, k_tiles, v_tiles), (lse_lines, deltas, sights)
+    lines = (lse_lines, deltas, sights)
     data = (dout_ptr, qkv_ptr, out_ptr, lse_ptr, dqkv_ptr)
     gl.warp_specialize(
         [

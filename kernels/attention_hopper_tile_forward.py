@@ -34,7 +34,7 @@ from .attention_hopper_parts import (
 from .attention_hopper_prepare import prepare
 from .attention_parts import generator_of, is_kept
 from .language import async_copy, fence_async_shared, gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait
-from .tiles import vectors
+from .tiles import allocate_tiles, vectors
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 
@@ -184,12 +184,8 @@ def forward_tile_hopper(
     TURNS: gl.constexpr = angles_ptr is not None
     PREPARED: gl.constexpr = MASKED or TURNS
     APART: gl.constexpr = TURNS and not MASKED
-    dtype: gl.constexpr = qkv_ptr.dtype.element_ty
-    rows: gl.constexpr = gl.NVMMASharedLayout(2 * D, 16, 2)
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    q_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], rows)
-    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], rows)
-    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], rows)
+    tiles = allocate_tiles(qkv_ptr.dtype.element_ty, 3, STAGES, TILE, D)
     lse_lines = gl.allocate_shared_memory(gl.float32, [STAGES, TILE], line)
     notes = (lse_lines, None)
     if MASKED:
@@ -197,7 +193,6 @@ def forward_tile_hopper(
     barriers = make_barriers(STAGES, MOVERS, APART)
     turns = turns_of(count_ptr, count, H)
     data = (qkv_ptr, out_ptr, lse_ptr)
-    tiles = (q_tiles, k_tiles, v_tiles)
     if PREPARED:
         gl.warp_specialize(
             [

@@ -20,6 +20,16 @@ def vectors(size, warps):
 
 
 @gluon.jit
+def allocate_tiles(dtype: gl.constexpr, COUNT: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr):
+    """COUNT tiles (ROWS, D) of 16-bit numbers for each of STAGES, laid out for matrix products."""
+    layout: gl.constexpr = gl.NVMMASharedLayout(2 * D, 16, 2)
+    tiles = ()
+    for _ in gl.static_range(COUNT):
+        tiles = tiles + (gl.allocate_shared_memory(dtype, [STAGES, ROWS, D], layout),)
+    return tiles
+
+
+@gluon.jit
 def split(x, layout: gl.constexpr):
     """The halves of the columns of x, in a layout that moves nothing."""
     x1, x2 = gl.split(gl.permute(gl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))

@@ -86,18 +86,18 @@ def guard(case: Case, peer: Peer, call: Call, inputs: Inputs, known: dict[tuple,
     errors, *of_yardstick = relative_errors(case, inputs, call.direction, candidates)
     if of_yardstick:
         (known[asked],) = of_yardstick
-    allowed = dict(known[asked])
     worst = 0.0
     for name, error in errors.items():
+        allowed = known[asked][name]
         if name in mine and mine[name].numel() == 1:
             # Of a single number, unlike of many, PyTorch can be right by luck.
-            allowed[name] = max(allowed[name], torch.finfo(case.dtype).eps / 4)
-        if not error <= peer.allowance * allowed[name]:
+            allowed = max(allowed, torch.finfo(case.dtype).eps / 4)
+        if not error <= peer.allowance * allowed:
             raise WrongResult(
-                f"{who} on {work}: {name} has relative error {error:.1e}, PyTorch {allowed[name]:.1e}; "
+                f"{who} on {work}: {name} has relative error {error:.1e}, PyTorch {allowed:.1e}; "
                 f"at most {peer.allowance:g}× is allowed"
             )
-        worst = max(worst, error / allowed[name] if error else 0.0)
+        worst = max(worst, error / allowed if error else 0.0)
     return worst
 
 

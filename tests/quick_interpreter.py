@@ -130,8 +130,7 @@ def interpreted(member):
 
 
 def with_semantic_alone(package, name, member, _builder, scope) -> None:
-    """The interpreter's `_patch_attr`, which makes a function anew for each launch, and that an option list for each
-    call."""
+    """The interpreter's `_patch_attr`, whose functions make a list of options in each call."""
     scope.set_attr(package, name, interpreted(member))
 
 
